@@ -1,0 +1,47 @@
+/* dtype.c: sizes and names of element types, and tensors as text for messages. */
+#include "moe.h"
+
+#include <inttypes.h>
+#include <stdio.h>
+
+static const struct {
+    const char *name;
+    int64_t bytes;
+} DTYPES[MOE_DTYPE_COUNT] = {
+    [MOE_DTYPE_NONE] = {"unknown", 0},       [MOE_F32] = {"float32", 4},
+    [MOE_BF16] = {"bfloat16", 2},            [MOE_F16] = {"float16", 2},
+    [MOE_I32] = {"int32", 4},                [MOE_I64] = {"int64", 8},
+    [MOE_U8] = {"uint8", 1},                 [MOE_I8] = {"int8", 1},
+    [MOE_U16] = {"uint16", 2},               [MOE_I16] = {"int16", 2},
+    [MOE_F8E4M3] = {"float8_e4m3fn", 1},     [MOE_F8E5M2] = {"float8_e5m2", 1},
+    [MOE_F8E8M0] = {"float8_e8m0fnu", 1},    [MOE_F4E2M1] = {"float4_e2m1fn", 1},
+    [MOE_F64] = {"float64", 8},              [MOE_BOOL] = {"bool", 1},
+    [MOE_U32] = {"uint32", 4},               [MOE_U64] = {"uint64", 8},
+};
+
+int64_t moe_dtype_bytes(int32_t dtype)
+{
+    return dtype > 0 && dtype < MOE_DTYPE_COUNT ? DTYPES[dtype].bytes : 0;
+}
+
+const char *moe_dtype_name(int32_t dtype)
+{
+    return dtype > 0 && dtype < MOE_DTYPE_COUNT ? DTYPES[dtype].name : DTYPES[0].name;
+}
+
+const char *moe_tensor_text(const moe_tensor *t, char *text, size_t size)
+{
+    if (!tensor_present(t)) {
+        snprintf(text, size, "None");
+        return text;
+    }
+    size_t used = 0;
+    int wrote = snprintf(text, size, "%s [", moe_dtype_name(t->dtype));
+    used = wrote > 0 ? (size_t)wrote : 0;
+    for (int i = 0; i < t->ndim && used < size; ++i) {
+        wrote = snprintf(text + used, size - used, i ? ", %" PRId64 : "%" PRId64, t->shape[i]);
+        used += wrote > 0 ? (size_t)wrote : 0;
+    }
+    if (used < size) snprintf(text + used, size - used, "]");
+    return text;
+}

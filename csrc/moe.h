@@ -1,0 +1,183 @@
+/* moe.h: what the C files share. No Python.h here or below.
+ *
+ * The way of a call:  module.c  fills a moe_call (tensors and scalars as the user gave them)
+ *                     validate.c  checks it and describes it as a moe_problem (sizes only)
+ *                     plan.c      problem + device -> moe_plan, a pure function
+ *                     pipeline.c  runs the plan: the five stages in order, on cpu/ or cuda/ */
+#ifndef MOE_H
+#define MOE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "../kernels/moe_kernels.h"
+#include "status.h"
+
+#define MOE_MAX_DIMS 4
+#define MOE_MAX_EXPERTS 1024
+#define MOE_MAX_TOPK 32
+#define MOE_ALIGNMENT 256 /* of the workspace and of every part of it, bytes */
+#define MOE_WORKSPACE_LIMIT ((int64_t)3 << 29) /* 1.5 GiB, the default of FUSEDMOE_WORKSPACE_LIMIT */
+
+typedef enum moe_backend { MOE_CPU = 0, MOE_CUDA = 1 } moe_backend;
+
+/* A tensor as a call sees it: borrowed, byte offset applied. data == NULL with ndim < 0: absent (None). */
+typedef struct moe_tensor {
+    void *data;
+    int64_t shape[MOE_MAX_DIMS];
+    int64_t stride[MOE_MAX_DIMS]; /* elements; extent-1 dimensions are normalised to compact */
+    int32_t ndim;                 /* -1: absent */
+    int32_t dtype;                /* MOE_F32 ... */
+    int32_t lanes_packed;         /* elements per storage unit: 1, or 2 for two fp4 in a byte */
+    moe_backend backend;
+    int32_t device;
+    bool readonly;
+} moe_tensor;
+
+static inline bool tensor_present(const moe_tensor *t) { return t->ndim >= 0; }
+
+/* Sizes in bytes and names ("bfloat16") of MOE_F32 ...; dtype.c. */
+int64_t moe_dtype_bytes(int32_t dtype);
+const char *moe_dtype_name(int32_t dtype);
+/* "float32 [512, 8]" into text; returns text. */
+const char *moe_tensor_text(const moe_tensor *t, char *text, size_t size);
+
+/* The stages a call may ask for. fused_moe is ROUTE | LAYER, fused_experts LAYER. */
+typedef enum moe_operation {
+    MOE_OP_FUSED_EXPERTS = 0,
+    MOE_OP_FUSED_MOE,
+    MOE_OP_ROUTE,
+    MOE_OP_ALIGN,
+    MOE_OP_GATE_UP,
+    MOE_OP_DOWN,
+    MOE_OP_COMBINE
+} moe_operation;
+
+enum { MOE_COMBINE_SUM = 0, MOE_NO_COMBINE_WEIGHTED, MOE_NO_COMBINE_UNWEIGHTED };
+
+/* Scalars of a call, parsed, defaults filled in where they do not depend on other arguments. */
+typedef struct moe_options {
+    int32_t activation; /* MOE_ACT_* */
+    int32_t clamp;      /* MOE_CLAMP_AFTER or MOE_CLAMP_BEFORE as given; NONE is set by validate.c */
+    int32_t gated;      /* 0 or 1 */
+    int32_t w13_order;  /* MOE_ORDER_* */
+    int32_t combine;    /* MOE_COMBINE_SUM, MOE_NO_COMBINE_* */
+    int32_t apply_router_weight_on_input;
+    int32_t deterministic;
+    int32_t batch_invariant;
+    int32_t has_alpha, has_limit, has_expert_start;
+    double activation_alpha, activation_limit;
+    double routed_scaling_factor;
+    int64_t expert_start;
+    /* route */
+    int32_t method; /* MOE_ROUTE_* */
+    int64_t topk;
+} moe_options;
+
+/* One call as the user gave it. */
+typedef struct moe_call {
+    moe_operation operation;
+    const char *function; /* for messages */
+    moe_tensor hidden_states, w13, w2, topk_weights, topk_ids, router_logits;
+    moe_tensor w13_bias, w2_bias, shared_output, expert_map;
+    moe_tensor out, workspace;
+    /* stages alone */
+    moe_tensor expert_offsets, sorted_token_ids, row_of_slot, intermediate, rows;
+    moe_options options;
+    int64_t num_experts; /* align alone */
+} moe_call;
+
+/* The sizes of a layer and nothing else: the key of the plan cache, compared with memcmp (zero it first). */
+typedef struct moe_problem {
+    int64_t num_tokens;
+    int32_t hidden_size;
+    int32_t intermediate_size;
+    int32_t num_experts; /* w13.shape[0] */
+    int32_t topk;
+    int32_t dtype; /* MOE_BF16, MOE_F16, MOE_F32 */
+    int32_t ids_dtype;
+    int32_t gated;
+    int32_t combine;        /* MOE_COMBINE_SUM, MOE_NO_COMBINE_* */
+    int32_t routed;         /* 1: the call starts at router_logits */
+    int32_t router_experts; /* columns of router_logits, else 0 */
+    int32_t vector_bytes;   /* alignment every row of hidden_states, w13, w2 has: 16, or the element's size */
+    int32_t out_vector_bytes; /* the same for out and shared_output */
+    int32_t deterministic;
+    int32_t batch_invariant;
+    int64_t workspace_limit; /* bytes */
+} moe_problem;
+
+/* What plan.c may know of a device. */
+typedef struct moe_device_info {
+    moe_backend backend;
+    int32_t device;
+    int32_t num_sms;         /* threads on the CPU */
+    int32_t capability;      /* 90 for sm_90; on the CPU the level of simd.h */
+    int32_t smem_per_block;  /* bytes, opt-in maximum */
+    int32_t smem_per_sm;     /* bytes */
+    int64_t l2_bytes;
+    double read_bytes_per_us; /* memory stream */
+    double flops_per_us;      /* dense matrix rate of the activations' dtype */
+    char name[64];
+} moe_device_info;
+
+/* Offsets into the workspace, bytes, multiples of MOE_ALIGNMENT; -1: not used. */
+typedef struct moe_workspace {
+    int64_t topk_weights, topk_ids, expert_offsets, sorted_token_ids, row_of_slot;
+    int64_t tiles, num_tiles, counts, intermediate, rows;
+    int64_t total;
+} moe_workspace;
+
+typedef struct moe_gemm_plan {
+    int32_t variant;   /* row of gemm_variants.def, -1 on the CPU */
+    int32_t tile_rows, tile_cols, tile_k;
+    int32_t grid_cols; /* column tiles: grid.x; grid.y is max_tiles */
+    int32_t threads;
+    int32_t smem_bytes;
+    double bytes, flops, us; /* expected */
+} moe_gemm_plan;
+
+/* One plan, made once. Stages take it and decide nothing again. */
+typedef struct moe_plan {
+    moe_problem problem;
+    moe_backend backend;
+    int32_t num_sms;
+    int64_t chunk_tokens; /* tokens per pass; num_tokens where one pass is enough */
+    int64_t num_chunks;
+    int32_t align_blocks; /* thread blocks; 1: one launch */
+    int32_t tile_rows;
+    int32_t max_tiles; /* of one chunk */
+    int32_t combine_vector_bytes;
+    int64_t intermediate_stride, rows_stride; /* elements */
+    int32_t num_launches;
+    int32_t deterministic, batch_invariant;
+    moe_gemm_plan gate_up, down;
+    moe_workspace workspace;
+    double bytes, flops, us; /* expected, whole call */
+} moe_plan;
+
+/* validate.c: every check a call's tensors and scalars need; fills problem. Writes nothing else. */
+int moe_validate(const moe_call *call, moe_problem *problem, moe_error *err);
+/* The problem of shapes alone (workspace_size, plan): range checks on the sizes. */
+int moe_validate_problem(const moe_problem *problem, moe_error *err);
+
+/* plan.c: pure. */
+int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe_plan *plan, moe_error *err);
+/* The H200 by default, with num_sms replaced where num_sms > 0: plans without a GPU. */
+void moe_default_device(moe_backend backend, int32_t num_sms, moe_device_info *info);
+
+/* pipeline.c: stages in order. out and workspace are present and checked. stream: CUstream or NULL. */
+int moe_run_layer(const moe_call *call, const moe_plan *plan, void *stream, moe_error *err);
+/* One stage alone (MOE_OP_ROUTE, ALIGN, GATE_UP, DOWN, COMBINE). */
+int moe_run_stage(const moe_call *call, const moe_plan *plan, void *stream, moe_error *err);
+
+/* cpu/: the five stages. No state but the thread pool; any thread may call. */
+int moe_cpu_device_info(moe_device_info *info, moe_error *err);
+int moe_cpu_route(const moe_route_args *args, moe_error *err);
+int moe_cpu_align(const moe_align_args *args, moe_error *err);
+int moe_cpu_gate_up(const moe_gate_up_args *args, moe_error *err);
+int moe_cpu_down(const moe_down_args *args, moe_error *err);
+int moe_cpu_combine(const moe_combine_args *args, moe_error *err);
+
+#endif

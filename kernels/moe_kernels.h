@@ -1,0 +1,211 @@
+/* moe_kernels.h: the border between C and the kernels, CPU and CUDA alike. One plain struct per stage;
+ * a stage reads nothing else. CUDA kernels take it as a __grid_constant__ parameter, the CPU stages by
+ * pointer. Sizes are asserted below, on both sides.
+ *
+ * Names: num_tokens T, hidden_size H, intermediate_size I (after gating), num_experts E (held here,
+ * w13.shape[0]), topk k, num_slots = T * k, num_rows <= num_slots (slots that were not dropped).
+ * Strides are in elements; the last dimension has stride 1. A pointer that may be NULL says so. */
+#ifndef MOE_KERNELS_H
+#define MOE_KERNELS_H
+
+#include <stdint.h>
+
+/* Element types; the values travel in the stage structs and in gemm_variants.def. */
+enum {
+    MOE_DTYPE_NONE = 0,
+    MOE_F32,
+    MOE_BF16,
+    MOE_F16,
+    MOE_I32,
+    MOE_I64,
+    MOE_U8,
+    MOE_I8,
+    MOE_U16,
+    MOE_I16,
+    MOE_F8E4M3,
+    MOE_F8E5M2,
+    MOE_F8E8M0,
+    MOE_F4E2M1,
+    MOE_F64,
+    MOE_BOOL,
+    MOE_U32,
+    MOE_U64,
+    MOE_DTYPE_COUNT
+};
+
+/* Activations: f(g) * u where gated, f(x) where not (reference.py: activate). */
+enum {
+    MOE_ACT_SILU = 0,   /* g * sigmoid(g) */
+    MOE_ACT_GELU,       /* g * (1 + erf(g / sqrt(2))) / 2 */
+    MOE_ACT_GELU_TANH,  /* the tanh form */
+    MOE_ACT_RELU2,      /* max(g, 0)^2 */
+    MOE_ACT_SWIGLU_OAI, /* g = min(g, limit), u = clamp(u, limit): g * sigmoid(alpha * g) * (u + 1) */
+    MOE_ACT_SITU,       /* alpha * tanh(g / alpha) * sigmoid(g); u = limit * tanh(u / limit) where limit > 0 */
+    MOE_ACT_COUNT
+};
+
+/* Order of the 2 * I rows of one expert's w13 (and w13_bias). */
+enum {
+    MOE_ORDER_GATE_UP = 0, /* gate i is row i, up i is row I + i */
+    MOE_ORDER_UP_GATE,     /* up i is row i, gate i is row I + i */
+    MOE_ORDER_INTERLEAVED  /* gate i is row 2 i, up i is row 2 i + 1 */
+};
+
+/* Where the limit of MOE_ACT_SILU is applied (only where activation_limit is given). */
+enum {
+    MOE_CLAMP_NONE = 0,
+    MOE_CLAMP_AFTER, /* min(silu(g), limit) * clamp(u, -limit, limit) */
+    MOE_CLAMP_BEFORE /* silu(min(g, limit)) * clamp(u, -limit, limit) */
+};
+
+/* Routing methods: rows of one table later (routing.py names them). */
+enum {
+    MOE_ROUTE_SOFTMAX_TOPK = 0, /* softmax over all experts, then the topk largest */
+    MOE_ROUTE_TOPK_SOFTMAX,     /* the same, weights divided by their sum */
+    MOE_ROUTE_COUNT
+};
+
+/* One unit of work of a grouped GEMM: rows [row_begin, row_begin + num_rows) of one expert. */
+typedef struct moe_tile {
+    int32_t expert;
+    int32_t row_begin;
+    int32_t num_rows; /* 1 .. tile_rows */
+    int32_t reserved; /* 0 */
+} moe_tile;
+
+/* Stage 1, route: topk_weights, topk_ids = select(router_logits) */
+typedef struct moe_route_args {
+    const void *router_logits; /* [num_tokens, num_experts] logits_dtype */
+    void *topk_weights;        /* [num_tokens, topk] f32, written */
+    void *topk_ids;            /* [num_tokens, topk] ids_dtype, written */
+    int64_t logits_stride;     /* from row to row */
+    int64_t weights_stride;
+    int64_t ids_stride;
+    int64_t num_tokens;
+    int32_t num_experts; /* columns of router_logits, 1 .. 1024 */
+    int32_t topk;        /* 1 .. 32 */
+    int32_t logits_dtype; /* MOE_F32, MOE_BF16, MOE_F16 */
+    int32_t ids_dtype;    /* MOE_I32, MOE_I64 */
+    int32_t method;       /* MOE_ROUTE_* */
+    float scale;          /* multiplies the weights last */
+} moe_route_args;
+
+/* Stage 2, align: rows grouped by expert, stable by slot; the same bits every run.
+ * local(id) = expert_map[id] where expert_map is given (outside [0, expert_map_size): dropped), else
+ * id - expert_start; a slot whose local id is outside [0, num_experts) is dropped. */
+typedef struct moe_align_args {
+    const void *topk_ids;      /* [num_tokens, topk] ids_dtype, any bit pattern */
+    const int32_t *expert_map; /* [expert_map_size] or NULL */
+    int32_t *expert_offsets;   /* [num_experts + 1], written: exclusive scan of rows per expert */
+    int32_t *sorted_token_ids; /* [num_slots], written below num_rows: row -> token * topk + slot */
+    int32_t *row_of_slot;      /* [num_slots], written: slot -> row, -1 where dropped */
+    moe_tile *tiles;           /* [max_tiles], written below num_tiles, or NULL (CPU) */
+    int32_t *num_tiles;        /* [1], written, or NULL (CPU) */
+    int32_t *counts;           /* [num_blocks, num_experts] scratch, or NULL where num_blocks is 1 */
+    int64_t ids_stride;        /* from row to row */
+    int64_t expert_start;
+    int64_t expert_map_size;
+    int64_t num_tokens;
+    int32_t topk;
+    int32_t num_experts;
+    int32_t ids_dtype;  /* MOE_I32, MOE_I64 */
+    int32_t tile_rows;  /* rows per tile */
+    int32_t max_tiles;  /* capacity of tiles */
+    int32_t num_blocks; /* thread blocks that share the slots; 1: one launch does all */
+} moe_align_args;
+
+/* Stage 3, gate_up: intermediate[r] = act(x[token(r)] . w13[e]^T + w13_bias[e]), in f32, rounded once */
+typedef struct moe_gate_up_args {
+    const void *hidden_states; /* [num_tokens, hidden_size] dtype */
+    const void *w13;           /* [num_experts, 2 * intermediate_size (or 1 *, not gated), hidden_size] dtype */
+    const void *w13_bias;      /* [num_experts, the same rows] w13_bias_dtype, or NULL */
+    const void *topk_weights;  /* [num_tokens, topk]: multiplies (x . w13 + bias) before the activation, or NULL */
+    const int32_t *expert_offsets;
+    const int32_t *sorted_token_ids;
+    const moe_tile *tiles;    /* NULL on the CPU */
+    const int32_t *num_tiles; /* NULL on the CPU */
+    void *intermediate;       /* [num_rows, intermediate_size] dtype, written */
+    int64_t hidden_stride;
+    int64_t w13_expert_stride;
+    int64_t w13_row_stride;
+    int64_t w13_bias_stride; /* from expert to expert */
+    int64_t weights_stride;
+    int64_t intermediate_stride;
+    int64_t num_tokens; /* rows of hidden_states: a token outside reads as zeros (stages called alone) */
+    int64_t num_slots;  /* capacity of sorted_token_ids and intermediate: rows at or past it are skipped */
+    int32_t num_experts;
+    int32_t topk;
+    int32_t hidden_size;
+    int32_t intermediate_size;
+    int32_t dtype;          /* of hidden_states, w13 and intermediate */
+    int32_t w13_bias_dtype; /* MOE_F32 or dtype */
+    int32_t weights_dtype;  /* MOE_F32, MOE_BF16, MOE_F16 */
+    int32_t activation;     /* MOE_ACT_* */
+    int32_t gated;          /* 0 or 1 */
+    int32_t w13_order;      /* MOE_ORDER_*; MOE_ORDER_GATE_UP where not gated */
+    int32_t clamp;          /* MOE_CLAMP_* (silu) */
+    int32_t max_tiles;
+    float activation_alpha; /* default already filled in */
+    float activation_limit; /* <= 0: none */
+} moe_gate_up_args;
+
+/* Stage 4, down: rows[r] = topk_weights[slot(r)] * (intermediate[r] . w2[e]^T + w2_bias[e]), in f32, rounded once */
+typedef struct moe_down_args {
+    const void *intermediate; /* [num_rows, intermediate_size] dtype */
+    const void *w2;           /* [num_experts, hidden_size, intermediate_size] dtype */
+    const void *w2_bias;      /* [num_experts, hidden_size] w2_bias_dtype, or NULL */
+    const void *topk_weights; /* [num_tokens, topk] weights_dtype, or NULL: weight 1 */
+    const int32_t *expert_offsets;
+    const int32_t *sorted_token_ids;
+    const moe_tile *tiles;    /* NULL on the CPU */
+    const int32_t *num_tiles; /* NULL on the CPU */
+    void *rows;               /* [num_rows, hidden_size] rows_dtype, written */
+    int64_t intermediate_stride;
+    int64_t w2_expert_stride;
+    int64_t w2_row_stride;
+    int64_t w2_bias_stride;
+    int64_t weights_stride;
+    int64_t rows_stride;
+    int64_t num_tokens; /* rows of topk_weights: a token outside has weight 0 (stages called alone) */
+    int64_t num_slots;  /* capacity of sorted_token_ids, intermediate and rows */
+    int32_t num_experts;
+    int32_t topk;
+    int32_t hidden_size;
+    int32_t intermediate_size;
+    int32_t dtype;         /* of intermediate, w2 and rows */
+    int32_t w2_bias_dtype; /* MOE_F32 or dtype */
+    int32_t weights_dtype;
+    int32_t max_tiles;
+} moe_down_args;
+
+/* Stage 5, combine: out[t] = round(scale * sum over slots s of rows[row_of_slot[t, s]] + shared_output[t]),
+ * f32, slots in order 0 .. topk - 1. no_combine is this stage with topk = 1 on num_tokens * topk "tokens". */
+typedef struct moe_combine_args {
+    const void *rows;           /* [num_rows, hidden_size] dtype */
+    const int32_t *row_of_slot; /* [num_tokens, topk], -1: dropped */
+    const void *shared_output;  /* [num_tokens, hidden_size] dtype, or NULL */
+    void *out;                  /* [num_tokens, hidden_size] dtype, every element is written */
+    int64_t rows_stride;
+    int64_t shared_stride;
+    int64_t out_stride;
+    int64_t num_tokens;
+    int64_t num_rows; /* rows of `rows`: a row_of_slot outside [0, num_rows) counts as dropped */
+    int32_t topk;
+    int32_t hidden_size;
+    int32_t dtype;
+    float scale; /* routed_scaling_factor */
+} moe_combine_args;
+
+#ifdef __cplusplus
+#define MOE_ASSERT_SIZE(type, bytes) static_assert(sizeof(type) == (bytes), "C and CUDA agree on " #type)
+#else
+#define MOE_ASSERT_SIZE(type, bytes) _Static_assert(sizeof(type) == (bytes), "C and CUDA agree on " #type)
+#endif
+MOE_ASSERT_SIZE(moe_tile, 16);
+MOE_ASSERT_SIZE(moe_route_args, 80);
+MOE_ASSERT_SIZE(moe_align_args, 120);
+MOE_ASSERT_SIZE(moe_gate_up_args, 192);
+MOE_ASSERT_SIZE(moe_down_args, 168);
+MOE_ASSERT_SIZE(moe_combine_args, 88);
+
+#endif
