@@ -72,7 +72,9 @@ typedef struct moe_options {
     int64_t expert_start;
     /* route */
     int32_t method; /* MOE_ROUTE_* */
+    double routing_scale; /* multiplies the topk weights; 1 by default */
     int64_t topk;
+    double routing_scale; /* multiplies the weights of route (fused_moe, route); 1 by default */
 } moe_options;
 
 /* One call as the user gave it. */
@@ -105,7 +107,8 @@ typedef struct moe_problem {
     int32_t out_vector_bytes; /* the same for out and shared_output */
     int32_t deterministic;
     int32_t batch_invariant;
-    int64_t workspace_limit; /* bytes */
+    int32_t operation;       /* MOE_OP_*: which stages run, so which parts of the workspace are needed */
+    int64_t workspace_limit; /* bytes; 0: MOE_WORKSPACE_LIMIT */
 } moe_problem;
 
 /* What plan.c may know of a device. */
