@@ -59,7 +59,7 @@ enum { MOE_COMBINE_SUM = 0, MOE_NO_COMBINE_WEIGHTED, MOE_NO_COMBINE_UNWEIGHTED }
 /* Scalars of a call, parsed, defaults filled in where they do not depend on other arguments. */
 typedef struct moe_options {
     int32_t activation; /* MOE_ACT_* */
-    int32_t clamp;      /* MOE_CLAMP_AFTER or MOE_CLAMP_BEFORE as given; NONE is set by validate.c */
+    int32_t clamp;      /* MOE_CLAMP_AFTER or MOE_CLAMP_BEFORE as given; pipeline.c drops it where there is no limit */
     int32_t gated;      /* 0 or 1 */
     int32_t w13_order;  /* MOE_ORDER_* */
     int32_t combine;    /* MOE_COMBINE_SUM, MOE_NO_COMBINE_* */
@@ -72,7 +72,6 @@ typedef struct moe_options {
     int64_t expert_start;
     /* route */
     int32_t method; /* MOE_ROUTE_* */
-    double routing_scale; /* multiplies the topk weights; 1 by default */
     int64_t topk;
     double routing_scale; /* multiplies the weights of route (fused_moe, route); 1 by default */
 } moe_options;
