@@ -1,0 +1,69 @@
+"""What the extension asks of the caller's framework where the exchange table does not answer.
+
+The extension calls two functions, with a tensor of the user's as `prototype`:
+
+    allocate(prototype, shape, dtype_name) -> (buffer, wrap)   a new tensor beside it
+    current_stream(prototype, device_id) -> int                the CUstream it is queued on
+
+One module per framework defines both; it is imported when a tensor of that framework is first
+seen, which means that the framework itself is imported already. No module here is imported with
+the package.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+# Root package of a tensor's type -> module here.
+_MODULES = {"numpy": "numpy", "torch": "torch", "cupy": "cupy", "jax": "jax", "jaxlib": "jax"}
+_found: dict[type, object] = {}
+
+
+def framework_of(prototype):
+    """The module for the framework of `prototype`, None where there is none. Subclasses count as
+    their base."""
+    kind = type(prototype)
+    try:
+        return _found[kind]
+    except KeyError:
+        pass
+    module = None
+    for base in kind.__mro__:
+        name = _MODULES.get(base.__module__.partition(".")[0])
+        if name is not None:
+            module = import_module(f"{__name__}.{name}")
+            break
+    _found[kind] = module
+    return module
+
+
+def allocate(prototype, shape, dtype_name):
+    """A new uninitialised C-contiguous tensor on the device of `prototype`, by its framework.
+
+    Args:
+        prototype: a tensor of the caller's, usually hidden_states. Not written.
+        shape: tuple of ints.
+        dtype_name: "bfloat16", "float16", "float32", "int32", "int64" or "uint8".
+
+    Returns:
+        (buffer, wrap): `buffer` can be imported and written; `wrap(buffer)` makes of it what the
+            user gets, None: it is that already.
+
+    Raises:
+        TypeError: no framework known for this type. MemoryError and the framework's own errors
+            pass through.
+    """
+    module = framework_of(prototype)
+    if module is None:
+        raise TypeError(
+            f"out: expected a tensor to write, because a result cannot be allocated beside "
+            f"{type(prototype).__module__}.{type(prototype).__qualname__}, got None"
+        )
+    return module.allocate(prototype, shape, dtype_name)
+
+
+def current_stream(prototype, device_id):
+    """The CUstream that the framework of `prototype` is queueing on, as an int; 0, the legacy
+    default stream, for a framework that has no such notion."""
+    module = framework_of(prototype)
+    return 0 if module is None else module.current_stream(prototype, device_id)
