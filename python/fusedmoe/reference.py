@@ -1,0 +1,822 @@
+"""The oracle: what every function of fusedmoe computes, in float64 and in the order of the formulas.
+
+NumPy only; nothing else of the package is imported, so that it can be read, copied and trusted by
+itself. Arrays of any real dtype come in (ml_dtypes bfloat16 too) and are widened; nothing is rounded
+inside. The five stages
+
+    route     topk_weights, topk_ids = select(router_logits)
+    align     expert_offsets, sorted_token_ids, row_of_slot = group(topk_ids)
+    gate_up   intermediate[r] = act(x[token(r)] . w13[e]^T + w13_bias[e])
+    down      rows[r] = topk_weights[slot(r)] * (intermediate[r] . w2[e]^T + w2_bias[e])
+    combine   out[t] = routed_scaling_factor * sum over slots of rows[row_of_slot[t, s]] + shared_output[t]
+
+make `fused_experts` (the last four) and `fused_moe` (all five). `tokens=` evaluates some tokens only
+and widens only the experts that these need: a layer of a gigabyte is checked in a second.
+
+How far a correct backend may be from here is computed, not guessed: `gate_up_error`, `down_error`,
+`combine_error`, `fused_experts_error` and `fused_moe_error` return an `Error` for the same
+arguments, and `compare` holds a result against it.
+
+Shapes: num_tokens T, hidden_size H, intermediate_size I (after gating), num_experts E (w13.shape[0]),
+topk k, num_rows <= T * k (slots that were not dropped).
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = [
+    "ACTIVATIONS",
+    "METHODS",
+    "ORDERS",
+    "Error",
+    "Report",
+    "activate",
+    "align",
+    "combine",
+    "combine_error",
+    "compare",
+    "down",
+    "down_error",
+    "fused_experts",
+    "fused_experts_error",
+    "fused_moe",
+    "fused_moe_error",
+    "gate_up",
+    "gate_up_error",
+    "route",
+    "unit_roundoff",
+]
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai", "situ")
+ORDERS = ("gate_up", "up_gate", "interleaved")
+METHODS = ("softmax_topk", "topk_softmax")
+
+# -------------------------------------------------------------------------------------------------
+# The five stages
+# -------------------------------------------------------------------------------------------------
+
+
+def route(router_logits, topk, *, method="topk_softmax", scale=1.0):
+    """Pick topk experts for each token.
+
+    softmax_topk: p = softmax(router_logits) over all experts; the topk largest p, as they are
+    topk_softmax: the same experts, each p divided by the sum of the topk (softmax of the topk logits)
+
+    router_logits  [T, E]
+    scale          multiplies the weights last
+
+    Order: descending logit, equal logits by ascending id, NaN after every number. Returns
+    topk_weights float64 [T, k], topk_ids int64 [T, k]. A row that holds NaN or +inf has NaN weights.
+    """
+    logits = _f64(router_logits)
+    key = np.where(np.isnan(logits), -np.inf, logits)
+    # lexsort: the last key is the first criterion. -inf and NaN differ only in the second.
+    order = np.lexsort((np.isnan(logits), -key), axis=-1)  # stable: ascending id among equals
+    topk_ids = order[:, :topk].astype(np.int64)
+    with np.errstate(all="ignore"):
+        exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
+        p = exp / exp.sum(axis=-1, keepdims=True)
+        topk_weights = np.take_along_axis(p, topk_ids, axis=-1)
+        if method == "topk_softmax":
+            topk_weights = topk_weights / topk_weights.sum(axis=-1, keepdims=True)
+        elif method != "softmax_topk":
+            raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+        return topk_weights * scale, topk_ids
+
+
+def align(topk_ids, num_experts, *, expert_map=None, expert_start=None):
+    """Group the slots (token, s) by the expert they go to: stable, compact, no padding.
+
+    local(id) = expert_map[id] where expert_map is given (an id outside it is dropped), else
+    id - expert_start. A slot whose local id is outside [0, num_experts) is dropped.
+
+    topk_ids      [T, k] integers, any value
+    expert_map    [number of global experts] or None; -1: not here
+
+    Returns int32 arrays: expert_offsets [E + 1], the exclusive scan of rows per expert;
+    sorted_token_ids [num_rows], row -> token * k + slot; row_of_slot [T, k], -1 where dropped.
+    """
+    ids = np.asarray(topk_ids).astype(np.int64)
+    if expert_map is not None:
+        table = np.asarray(expert_map).astype(np.int64)
+        known = (ids >= 0) & (ids < len(table))
+        local = np.full(ids.shape, -1, np.int64)
+        local[known] = table[ids[known]]
+    else:
+        # As Python integers would: no wrap-around at the ends of int64.
+        start = int(expert_start or 0)
+        known = (ids >= max(start, -(2**63))) & (ids <= min(start + num_experts - 1, 2**63 - 1))
+        local = np.where(known, ids - np.int64(start), -1)
+    local = np.where((local >= 0) & (local < num_experts), local, num_experts)  # dropped go last
+    flat = local.reshape(-1)
+    counts = np.bincount(flat, minlength=num_experts + 1)[:num_experts]
+    expert_offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    sorted_token_ids = np.argsort(flat, kind="stable")[: expert_offsets[-1]].astype(np.int32)
+    row_of_slot = np.full(flat.shape, -1, np.int32)
+    row_of_slot[sorted_token_ids] = np.arange(len(sorted_token_ids), dtype=np.int32)
+    return expert_offsets, sorted_token_ids, row_of_slot.reshape(ids.shape)
+
+
+def activate(gate, up=None, *, activation="silu", alpha=None, limit=None, clamp="after"):
+    """f(gate) * up, or f(gate) where up is None (not gated). NaN stays NaN.
+
+    silu        g sigmoid(g); with a limit L: clamp="after"  min(silu(g), L) * clamp(u, -L, L)
+                                              clamp="before" silu(min(g, L)) * clamp(u, -L, L)
+    gelu        g (1 + erf(g / sqrt(2))) / 2
+    gelu_tanh   g (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))) / 2
+    relu2       max(g, 0)^2
+    swiglu_oai  g = min(g, L), u = clamp(u, -L, L): g sigmoid(alpha g) * (u + 1); alpha 1.702, L 7
+    situ        alpha tanh(g / alpha) sigmoid(g); u = L tanh(u / L) where L is given; alpha 4
+    """
+    with np.errstate(all="ignore"):
+        f, u = _activate(
+            _f64(gate), None if up is None else _f64(up), activation, alpha, limit, clamp
+        )
+        return f if u is None else f * u
+
+
+def gate_up(
+    hidden_states,
+    w13,
+    expert_offsets,
+    sorted_token_ids,
+    topk,
+    *,
+    topk_weights=None,
+    w13_bias=None,
+    activation="silu",
+    activation_alpha=None,
+    activation_limit=None,
+    clamp="after",
+    gated=True,
+    w13_order="gate_up",
+):
+    """intermediate[r] = act(x[token(r)] . w13[e]^T + w13_bias[e]).
+
+    hidden_states  [T, H]
+    w13            [E, 2 I, H], or [E, I, H] where not gated
+    w13_order      gate_up: gate rows, then up rows; up_gate: the other way round; interleaved: gate i
+                   is row 2 i, up i row 2 i + 1. w13_bias [E, 2 I] has the same order.
+    topk_weights   [T, k] or None: multiplies (x . w13 + bias) before the activation
+
+    Returns float64 [num_rows, I].
+    """
+    x = np.asarray(hidden_states)
+    num_rows = int(np.asarray(expert_offsets)[-1])
+    intermediate = np.zeros((num_rows, w13.shape[1] // (2 if gated else 1)))
+    for e, rows, slots in _experts(expert_offsets, sorted_token_ids):
+        with np.errstate(all="ignore"):
+            y = _matmul(_f64(x[slots // topk]), _f64(w13[e]))
+            if w13_bias is not None:
+                y = y + _f64(w13_bias[e])
+            if topk_weights is not None:
+                y = y * _f64(np.asarray(topk_weights).reshape(-1)[slots])[:, None]
+        gate, up = _split(y, gated, w13_order)
+        intermediate[rows] = activate(
+            gate,
+            up,
+            activation=activation,
+            alpha=activation_alpha,
+            limit=activation_limit,
+            clamp=clamp,
+        )
+    return intermediate
+
+
+def down(
+    intermediate, w2, expert_offsets, sorted_token_ids, topk, *, topk_weights=None, w2_bias=None
+):
+    """rows[r] = topk_weights[slot(r)] * (intermediate[r] . w2[e]^T + w2_bias[e]).
+
+    intermediate  [num_rows, I] (more rows are not read)
+    w2            [E, H, I]
+    topk_weights  [T, k] or None: weight 1
+
+    Returns float64 [num_rows, H].
+    """
+    num_rows = int(np.asarray(expert_offsets)[-1])
+    out = np.zeros((num_rows, w2.shape[1]))
+    for e, rows, slots in _experts(expert_offsets, sorted_token_ids):
+        with np.errstate(all="ignore"):
+            z = _matmul(_f64(intermediate[rows]), _f64(w2[e]))
+            if w2_bias is not None:
+                z = z + _f64(w2_bias[e])
+            if topk_weights is not None:
+                z = z * _f64(np.asarray(topk_weights).reshape(-1)[slots])[:, None]
+        out[rows] = z
+    return out
+
+
+def combine(rows, row_of_slot, *, routed_scaling_factor=None, shared_output=None):
+    """out[t] = routed_scaling_factor * sum over slots s of rows[row_of_slot[t, s]] + shared_output[t].
+
+    row_of_slot    [T, k]; -1: dropped, adds exact zeros
+    shared_output  [T, H] or None; not scaled
+
+    Returns float64 [T, H].
+    """
+    rows = _f64(rows)
+    row_of_slot = np.asarray(row_of_slot)
+    out = np.zeros((row_of_slot.shape[0], rows.shape[1]))
+    scale = 1.0 if routed_scaling_factor is None else float(routed_scaling_factor)
+    with np.errstate(all="ignore"):
+        for s in range(row_of_slot.shape[1]):
+            kept = row_of_slot[:, s] >= 0
+            out[kept] += rows[row_of_slot[kept, s]]
+        out *= scale
+        if shared_output is not None:
+            out += _f64(shared_output)
+    return out
+
+
+# -------------------------------------------------------------------------------------------------
+# The layer
+# -------------------------------------------------------------------------------------------------
+
+
+def fused_experts(
+    hidden_states,
+    w13,
+    w2,
+    topk_weights,
+    topk_ids,
+    *,
+    w13_bias=None,
+    w2_bias=None,
+    activation="silu",
+    activation_alpha=None,
+    activation_limit=None,
+    clamp="after",
+    gated=True,
+    w13_order="gate_up",
+    apply_router_weight_on_input=False,
+    routed_scaling_factor=None,
+    shared_output=None,
+    no_combine=False,
+    expert_map=None,
+    expert_start=None,
+    tokens=None,
+):
+    """The layer after routing: align, gate_up, down, combine.
+
+    apply_router_weight_on_input  the weight multiplies x . w13 + bias; down's weight is then 1
+    no_combine                    "weighted" or "unweighted": the rows [T, k, H] themselves, dropped
+                                  slots zero; routed_scaling_factor and shared_output have no part
+    tokens                        indices of tokens, or None: all
+
+    Returns float64 [T, H] or, with no_combine, [T, k, H]; T = len(tokens) where given.
+    """
+    x, weights, ids, shared = _sample(tokens, hidden_states, topk_weights, topk_ids, shared_output)
+    topk = ids.shape[1]
+    expert_offsets, sorted_token_ids, row_of_slot = align(
+        ids, w13.shape[0], expert_map=expert_map, expert_start=expert_start
+    )
+    intermediate = gate_up(
+        x,
+        w13,
+        expert_offsets,
+        sorted_token_ids,
+        topk,
+        topk_weights=weights if apply_router_weight_on_input else None,
+        w13_bias=w13_bias,
+        activation=activation,
+        activation_alpha=activation_alpha,
+        activation_limit=activation_limit,
+        clamp=clamp,
+        gated=gated,
+        w13_order=w13_order,
+    )
+    rows = down(
+        intermediate,
+        w2,
+        expert_offsets,
+        sorted_token_ids,
+        topk,
+        topk_weights=_down_weights(weights, apply_router_weight_on_input, no_combine),
+        w2_bias=w2_bias,
+    )
+    if no_combine:
+        return combine(rows, row_of_slot.reshape(-1, 1)).reshape(*row_of_slot.shape, rows.shape[1])
+    return combine(
+        rows, row_of_slot, routed_scaling_factor=routed_scaling_factor, shared_output=shared
+    )
+
+
+def fused_moe(
+    hidden_states,
+    w13,
+    w2,
+    router_logits,
+    topk,
+    *,
+    method="topk_softmax",
+    routing_scale=1.0,
+    tokens=None,
+    shared_output=None,
+    **layer,
+):
+    """route, then fused_experts with the same keyword arguments."""
+    x, logits, shared = _sample(tokens, hidden_states, router_logits, shared_output)
+    topk_weights, topk_ids = route(logits, topk, method=method, scale=routing_scale)
+    return fused_experts(x, w13, w2, topk_weights, topk_ids, shared_output=shared, **layer)
+
+
+# -------------------------------------------------------------------------------------------------
+# How far a correct result may be away
+# -------------------------------------------------------------------------------------------------
+#
+# Model of a backend: products and sums in f32 in any order, the activation in f32, and one rounding
+# to the dtype where a stage ends (intermediate, rows, out). `absolute` is a worst case, element by
+# element, nothing neglected but second-order terms; `variance` is what independent rounding errors
+# give, and is the sharper test of a whole tensor.
+
+# One accumulation in f32. Twice the unit roundoff: tensor cores cut instead of rounding.
+_ACCUMULATE = 2.0**-23
+# An activation in f32, relative to |g * u|: exp, tanh or erf of a few ulp and three operations.
+_ACTIVATE = 2.0**-20
+# Relative rms error of rounding to nearest, in unit roundoffs: uniform errors, significands spread as
+# those of products are (log-uniform). The worst significand, 1, gives 0.577: compare() has that room.
+_ROUND_RMS = math.sqrt(0.375 / math.log(2) / 3)
+
+# dtype: (unit roundoff, half the least subnormal or what flushing it loses, largest number)
+_DTYPES = {
+    "float32": (2.0**-24, 2.0**-126, (2 - 2.0**-23) * 2.0**127),
+    "bfloat16": (2.0**-8, 2.0**-126, (2 - 2.0**-7) * 2.0**127),
+    "float16": (2.0**-11, 2.0**-25, 65504.0),
+}
+
+
+class Error(NamedTuple):
+    """Distance from the oracle that a correct backend stays within.
+
+    absolute  float64, the result's shape: worst case of |got - want|
+    variance  float64, the result's shape: of got - want for independent roundings
+    freedom   how many independent roundings are in the whole result, at least
+    """
+
+    absolute: np.ndarray
+    variance: np.ndarray
+    freedom: int
+
+
+def unit_roundoff(dtype):
+    """2^-24, 2^-8, 2^-11 for float32, bfloat16, float16: largest relative error of one rounding."""
+    return _DTYPES[_dtype_name(dtype)][0]
+
+
+def gate_up_error(
+    hidden_states,
+    w13,
+    expert_offsets,
+    sorted_token_ids,
+    topk,
+    *,
+    topk_weights=None,
+    w13_bias=None,
+    activation="silu",
+    activation_alpha=None,
+    activation_limit=None,
+    clamp="after",
+    gated=True,
+    w13_order="gate_up",
+    dtype=None,
+):
+    """Error of `gate_up` with the same arguments, stored in `dtype` (default: that of hidden_states).
+
+    y = x . w13 + b is off by gamma_K (|x| . |w13| + |b|); the activation passes that on with its slope.
+    """
+    dtype = _dtype_name(dtype or np.asarray(hidden_states).dtype)
+    x = np.asarray(hidden_states)
+    num_rows, terms = int(np.asarray(expert_offsets)[-1]), x.shape[1] + 2
+    shape = (num_rows, w13.shape[1] // (2 if gated else 1))
+    absolute, variance = np.zeros(shape), np.zeros(shape)
+    for e, rows, slots in _experts(expert_offsets, sorted_token_ids):
+        with np.errstate(all="ignore"):
+            x_e, w_e = _f64(x[slots // topk]), _f64(w13[e])
+            y, size = _matmul(x_e, w_e), _matmul(np.abs(x_e), np.abs(w_e))
+            if w13_bias is not None:
+                b = _f64(w13_bias[e])
+                y, size = y + b, size + np.abs(b)
+            if topk_weights is not None:
+                weight = _f64(np.asarray(topk_weights).reshape(-1)[slots])[:, None]
+                y, size = y * weight, size * np.abs(weight)
+            y_abs = _gamma(terms) * size
+            y_var = _ACCUMULATE**2 * (terms * y * y + size * size)
+            gate, up = _split(y, gated, w13_order)
+            gate_abs, up_abs = _split(y_abs, gated, w13_order)
+            gate_var, up_var = _split(y_var, gated, w13_order)
+            args = activation, activation_alpha, activation_limit, clamp
+            f, u = _activate(gate, up, *args)
+            # A step of one error to each side: the slope that this error meets, also at a kink.
+            f_abs = _swing(gate, f, gate_abs, args)
+            f_std = _swing(gate, f, np.sqrt(gate_var), args)
+            size = np.abs(gate) * (np.abs(gate) if activation == "relu2" else 1.0)
+            if u is None:
+                h, h_abs = f, f_abs + _ACTIVATE * size
+                h_var = f_std**2 + (_ACTIVATE / 4 * size) ** 2
+            else:
+                # u is u + 1, clamped or bent, by now; none of that is steeper than 1.
+                h = f * u
+                h_abs = np.abs(f) * up_abs + np.abs(u) * f_abs + f_abs * up_abs
+                h_abs = h_abs + _ACTIVATE * np.maximum(size, np.abs(f)) * (np.abs(u) + up_abs)
+                h_var = f * f * up_var + u * u * f_std**2
+                h_var = h_var + (_ACTIVATE / 4 * size * u) ** 2
+            absolute[rows], variance[rows] = _round(h, h_abs, h_var, dtype)
+    return Error(absolute, variance, max(1, absolute.size))
+
+
+def down_error(
+    intermediate,
+    w2,
+    expert_offsets,
+    sorted_token_ids,
+    topk,
+    *,
+    topk_weights=None,
+    w2_bias=None,
+    dtype=None,
+    intermediate_error=None,
+    weights_relative=0.0,
+):
+    """Error of `down` with the same arguments, stored in `dtype` (default: that of intermediate).
+
+    intermediate_error  Error of `intermediate`, carried on through |w2|; None: it is exact
+    weights_relative    relative error of topk_weights
+    """
+    dtype = _dtype_name(dtype or np.asarray(intermediate).dtype)
+    num_rows, terms = int(np.asarray(expert_offsets)[-1]), w2.shape[2] + 2
+    absolute, variance = np.zeros((num_rows, w2.shape[1])), np.zeros((num_rows, w2.shape[1]))
+    for e, rows, slots in _experts(expert_offsets, sorted_token_ids):
+        with np.errstate(all="ignore"):
+            h, w_e = _f64(intermediate[rows]), _f64(w2[e])
+            w_size = np.abs(w_e)
+            h_abs = intermediate_error.absolute[rows] if intermediate_error else np.zeros_like(h)
+            z, size = _matmul(h, w_e), _matmul(np.abs(h), w_size)
+            if w2_bias is not None:
+                b = _f64(w2_bias[e])
+                z, size = z + b, size + np.abs(b)
+            z_abs = _matmul(h_abs, w_size) + _gamma(terms) * size
+            z_var = _ACCUMULATE**2 * (terms * z * z + size * size)
+            if intermediate_error:
+                z_var = z_var + _matmul(intermediate_error.variance[rows], w_e * w_e)
+                z_abs = z_abs + _gamma(terms) * _matmul(h_abs, w_size)
+            if topk_weights is not None:
+                weight = _f64(np.asarray(topk_weights).reshape(-1)[slots])[:, None]
+                z, z_abs, z_var = z * weight, z_abs * np.abs(weight), z_var * weight**2
+                z_abs = z_abs + (weights_relative + _ACCUMULATE) * np.abs(z)
+                z_var = z_var + ((weights_relative + _ACCUMULATE) * z) ** 2
+            absolute[rows], variance[rows] = _round(z, z_abs, z_var, dtype)
+    freedom = intermediate_error.freedom if intermediate_error else absolute.size
+    return Error(absolute, variance, max(1, min(freedom, absolute.size)))
+
+
+def combine_error(
+    rows,
+    row_of_slot,
+    *,
+    routed_scaling_factor=None,
+    shared_output=None,
+    dtype=None,
+    rows_error=None,
+    dependent=None,
+):
+    """Error of `combine` with the same arguments, stored in `dtype` (default: that of rows).
+
+    rows_error  Error of `rows`; None: they are exact
+    dependent   bool [T] or None: tokens whose slots share their errors (the same expert twice)
+    """
+    dtype = _dtype_name(dtype or np.asarray(rows).dtype)
+    rows = _f64(rows)
+    row_of_slot = np.asarray(row_of_slot)
+    num_tokens, topk = row_of_slot.shape
+    scale = 1.0 if routed_scaling_factor is None else float(routed_scaling_factor)
+    shape = (num_tokens, rows.shape[1])
+    out, size, absolute, variance, deviation = (np.zeros(shape) for _ in range(5))
+    with np.errstate(all="ignore"):
+        for s in range(topk):
+            kept = row_of_slot[:, s] >= 0
+            row = row_of_slot[kept, s]
+            out[kept] += rows[row]
+            size[kept] += np.abs(rows[row])
+            if rows_error:
+                absolute[kept] += rows_error.absolute[row]
+                variance[kept] += rows_error.variance[row]
+                deviation[kept] += np.sqrt(rows_error.variance[row])
+        if dependent is not None:
+            variance = np.where(np.asarray(dependent)[:, None], deviation**2, variance)
+        # The scaling factor travels as f32: one more rounding, and one for the product.
+        out, size, absolute = out * scale, size * abs(scale), absolute * abs(scale)
+        variance = variance * scale**2
+        if shared_output is not None:
+            shared = _f64(shared_output)
+            out, size = out + shared, size + np.abs(shared)
+        absolute = absolute + _gamma(topk + 3) * (size + absolute)
+        variance = variance + (topk + 3) * (_ACCUMULATE * size) ** 2
+        absolute, variance = _round(out, absolute, variance, dtype)
+    freedom = rows_error.freedom if rows_error else absolute.size
+    return Error(absolute, variance, max(1, min(freedom, absolute.size)))
+
+
+def fused_experts_error(
+    hidden_states,
+    w13,
+    w2,
+    topk_weights,
+    topk_ids,
+    *,
+    w13_bias=None,
+    w2_bias=None,
+    activation="silu",
+    activation_alpha=None,
+    activation_limit=None,
+    clamp="after",
+    gated=True,
+    w13_order="gate_up",
+    apply_router_weight_on_input=False,
+    routed_scaling_factor=None,
+    shared_output=None,
+    no_combine=False,
+    expert_map=None,
+    expert_start=None,
+    tokens=None,
+    dtype=None,
+    weights_relative=0.0,
+):
+    """(want, Error) of `fused_experts` with the same arguments: the three roundings carried through.
+
+    dtype  of the activations (default: that of hidden_states). Returns the oracle's result too,
+    because it is computed on the way.
+    """
+    x, weights, ids, shared = _sample(tokens, hidden_states, topk_weights, topk_ids, shared_output)
+    dtype = _dtype_name(dtype or x.dtype)
+    num_experts, topk = w13.shape[0], ids.shape[1]
+    expert_offsets, sorted_token_ids, row_of_slot = align(
+        ids, num_experts, expert_map=expert_map, expert_start=expert_start
+    )
+    grouping = expert_offsets, sorted_token_ids, topk
+    up_args = dict(
+        topk_weights=weights if apply_router_weight_on_input else None,
+        w13_bias=w13_bias,
+        activation=activation,
+        activation_alpha=activation_alpha,
+        activation_limit=activation_limit,
+        clamp=clamp,
+        gated=gated,
+        w13_order=w13_order,
+    )
+    down_args = dict(
+        topk_weights=_down_weights(weights, apply_router_weight_on_input, no_combine),
+        w2_bias=w2_bias,
+    )
+    intermediate = gate_up(x, w13, *grouping, **up_args)
+    intermediate_error = gate_up_error(x, w13, *grouping, **up_args, dtype=dtype)
+    if apply_router_weight_on_input and weights_relative:
+        # Weights act inside the activation; its slope is at most about 1.1 in each factor.
+        extra = 4 * weights_relative * np.abs(intermediate)
+        intermediate_error = intermediate_error._replace(
+            absolute=intermediate_error.absolute + extra,
+            variance=intermediate_error.variance + extra**2,
+        )
+    rows = down(intermediate, w2, *grouping, **down_args)
+    rows_error = down_error(
+        intermediate,
+        w2,
+        *grouping,
+        **down_args,
+        dtype=dtype,
+        intermediate_error=intermediate_error,
+        weights_relative=weights_relative,
+    )
+    if no_combine:
+        shape = (*row_of_slot.shape, rows.shape[1])
+        each_slot = row_of_slot.reshape(-1, 1)
+        want = combine(rows, each_slot).reshape(shape)
+        error = combine_error(rows, each_slot, dtype=dtype, rows_error=rows_error)
+        return want, Error(
+            error.absolute.reshape(shape), error.variance.reshape(shape), error.freedom
+        )
+    expert = np.where(row_of_slot >= 0, np.searchsorted(expert_offsets, row_of_slot, "right"), -1)
+    expert = np.sort(expert, axis=1)
+    twice = ((expert[:, 1:] == expert[:, :-1]) & (expert[:, 1:] >= 0)).any(axis=1)
+    last = dict(routed_scaling_factor=routed_scaling_factor, shared_output=shared)
+    want = combine(rows, row_of_slot, **last)
+    return want, combine_error(
+        rows, row_of_slot, **last, dtype=dtype, rows_error=rows_error, dependent=twice
+    )
+
+
+def fused_moe_error(
+    hidden_states,
+    w13,
+    w2,
+    router_logits,
+    topk,
+    *,
+    method="topk_softmax",
+    routing_scale=1.0,
+    tokens=None,
+    shared_output=None,
+    **layer,
+):
+    """(want, Error) of `fused_moe`: that of fused_experts, and the router's own f32 arithmetic."""
+    x, logits, shared = _sample(tokens, hidden_states, router_logits, shared_output)
+    topk_weights, topk_ids = route(logits, topk, method=method, scale=routing_scale)
+    # A sum of num_experts positive terms, two exp whose argument was rounded, a quotient.
+    finite = np.where(np.isfinite(logits.astype(np.float64)), logits, 0).astype(np.float64)
+    spread = float(finite.max() - finite.min()) if finite.size else 0.0
+    relative = _ACCUMULATE * (logits.shape[1] + 2 * spread + 16)
+    return fused_experts_error(
+        x, w13, w2, topk_weights, topk_ids, shared_output=shared, weights_relative=relative, **layer
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# Holding a result against the oracle
+# -------------------------------------------------------------------------------------------------
+
+
+class Report(NamedTuple):
+    """What `compare` found. `ok` is the verdict, `message` says why in a line or three."""
+
+    ok: bool
+    message: str
+    rel_rms: float  # |got - want| / |want|, 2-norms over the finite elements
+    rel_rms_bound: float
+    worst: float  # largest |got - want| / bound
+    worst_index: tuple
+
+
+def compare(got, want, error, *, name="out"):
+    """Compare a result with the oracle: shape, NaN and infinities, each element, relative norm.
+
+    got    array, any real dtype
+    want   float64 from a function above
+    error  Error from its `_error` twin
+
+    An element whose worst case passes the dtype's largest number is not compared. Returns a Report.
+    """
+    got = _f64(got)
+    want = _f64(want)
+    if got.shape != want.shape:
+        return Report(False, f"{name}: shape {got.shape}, want {want.shape}", *_NO_NUMBERS)
+    if want.size == 0:
+        return Report(True, f"{name}: no elements", 0.0, 0.0, 0.0, ())
+    free = np.isposinf(error.absolute) & np.isfinite(want)
+    for kind, test in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
+        wrong = (test(got) != test(want)) & ~free
+        if wrong.any():
+            at = np.unravel_index(int(np.argmax(wrong)), want.shape)
+            at = tuple(int(i) for i in at)
+            text = (
+                f"{name}: {kind} at {int(wrong.sum())} of {want.size} elements differs, first at "
+            )
+            text += f"{list(at)}: got {got[at]!r}, want {want[at]!r}"
+            return Report(False, text, *_NO_NUMBERS)
+    used = np.isfinite(want) & ~free
+    if not used.any():
+        return Report(True, f"{name}: no finite element to compare", 0.0, 0.0, 0.0, ())
+    distance = np.where(used, np.abs(np.where(used, got, 0) - np.where(used, want, 0)), 0)
+    with np.errstate(all="ignore"):
+        # An exact zero (dropped slots) has bound 0 and allows nothing but zero.
+        ratio = np.where(distance == 0, 0.0, distance / np.where(used, error.absolute, 1.0))
+    at = np.unravel_index(int(np.argmax(ratio)), want.shape)
+    at = tuple(int(i) for i in at)
+    norm = math.sqrt(float(np.sum(np.where(used, want, 0) ** 2)))
+    rms = math.sqrt(float(np.sum(distance**2)))
+    # Half again over the expected norm, and room for chance where there are few roundings.
+    allowed = (1.5 + 3 / math.sqrt(error.freedom)) * math.sqrt(
+        float(np.sum(np.where(used, error.variance, 0)))
+    )
+    worst = float(ratio[at])
+    ok = worst <= 1 and rms <= allowed
+    rel_rms, rel_bound = (rms / norm, allowed / norm) if norm else (rms, allowed)
+    text = (
+        f"{name}: {'agrees' if ok else 'DIFFERS'}; worst element {list(at)}: got {got[at]!r}, "
+        f"want {want[at]!r}, off {distance[at]:.3g}, allowed {error.absolute[at]:.3g} "
+        f"({int((ratio > 1).sum())} of {want.size} over); relative rms {rel_rms:.3g}, "
+        f"allowed {rel_bound:.3g}"
+    )
+    return Report(ok, text, rel_rms, rel_bound, worst, at)
+
+
+_NO_NUMBERS = (math.nan, math.nan, math.nan, ())
+
+# -------------------------------------------------------------------------------------------------
+# Helpers
+# -------------------------------------------------------------------------------------------------
+
+
+def _f64(x):
+    return np.asarray(x).astype(np.float64)
+
+
+def _matmul(x, w):
+    """x . w^T. NaN or inf in one row of x stays in that row, which BLAS does not promise."""
+    bad = ~np.isfinite(x).all(axis=-1)
+    y = np.where(bad[:, None], 0.0, x) @ w.T
+    for row in np.flatnonzero(bad):
+        y[row] = (x[row] * w).sum(axis=-1)
+    return y
+
+
+def _dtype_name(dtype):
+    name = dtype if isinstance(dtype, str) else np.dtype(dtype).name
+    if name not in _DTYPES:
+        raise ValueError(f"dtype: expected one of {tuple(_DTYPES)}, got {name!r}")
+    return name
+
+
+def _experts(expert_offsets, sorted_token_ids):
+    """(expert, its rows as a slice, the slots token * topk + s of these rows), empty ones left out."""
+    offsets, slots = np.asarray(expert_offsets), np.asarray(sorted_token_ids)
+    for e in np.flatnonzero(np.diff(offsets)):
+        rows = slice(int(offsets[e]), int(offsets[e + 1]))
+        yield int(e), rows, slots[rows]
+
+
+def _split(y, gated, w13_order):
+    """The gate and up columns of y; up is None where not gated."""
+    half = y.shape[-1] // 2
+    if not gated:
+        return y, None
+    if w13_order == "gate_up":
+        return y[..., :half], y[..., half:]
+    if w13_order == "up_gate":
+        return y[..., half:], y[..., :half]
+    if w13_order == "interleaved":
+        return y[..., 0::2], y[..., 1::2]
+    raise ValueError(f"w13_order: expected one of {ORDERS}, got {w13_order!r}")
+
+
+def _activate(g, u, activation, alpha, limit, clamp):
+    """(f(g), what u becomes): the two factors of `activate`."""
+    if limit is not None and limit <= 0:
+        limit = None
+    if activation == "silu":
+        if limit is None:
+            return g * _sigmoid(g), u
+        u = None if u is None else np.clip(u, -limit, limit)
+        if clamp == "before":
+            g = np.minimum(g, limit)
+            return g * _sigmoid(g), u
+        if clamp == "after":
+            return np.minimum(g * _sigmoid(g), limit), u
+        raise ValueError(f"clamp: expected 'after' or 'before', got {clamp!r}")
+    if activation == "gelu":
+        return g * (1 + _erf(g / math.sqrt(2))) / 2, u
+    if activation == "gelu_tanh":
+        return g * (1 + np.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))) / 2, u
+    if activation == "relu2":
+        return np.maximum(g, 0) ** 2, u
+    if activation == "swiglu_oai":
+        alpha, limit = 1.702 if alpha is None else alpha, 7.0 if limit is None else limit
+        g = np.minimum(g, limit)
+        return g * _sigmoid(alpha * g), None if u is None else np.clip(u, -limit, limit) + 1
+    if activation == "situ":
+        alpha = 4.0 if alpha is None else alpha
+        u = u if u is None or limit is None else limit * np.tanh(u / limit)
+        return alpha * np.tanh(g / alpha) * _sigmoid(g), u
+    raise ValueError(f"activation: expected one of {ACTIVATIONS}, got {activation!r}")
+
+
+def _sigmoid(x):
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+_erf = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def _sample(tokens, hidden_states, *others):
+    """The given tokens of each tensor (None stays None)."""
+    tensors = [None if t is None else np.asarray(t) for t in (hidden_states, *others)]
+    if tokens is None:
+        return tensors
+    return [None if t is None else t[np.asarray(tokens)] for t in tensors]
+
+
+def _down_weights(topk_weights, apply_router_weight_on_input, no_combine):
+    return None if apply_router_weight_on_input or no_combine == "unweighted" else topk_weights
+
+
+def _gamma(terms):
+    """n u / (1 - n u): relative error of a sum of n products, against the sum of absolute values."""
+    return terms * _ACCUMULATE / (1 - terms * _ACCUMULATE)
+
+
+def _swing(g, f, error, args):
+    """Largest |f(g +- error) - f(g)|."""
+    above, below = (_activate(g + d, None, *args)[0] for d in (error, -error))
+    return np.maximum(np.abs(above - f), np.abs(below - f))
+
+
+def _round(value, absolute, variance, dtype):
+    """Error after one rounding to dtype of a value whose error is given. Overflow: infinite."""
+    u, tiny, largest = _DTYPES[dtype]
+    reach = np.abs(value) + absolute
+    # Exact zeros that nothing disturbs stay exact zeros.
+    absolute = absolute + np.where(reach > 0, u * reach + tiny, 0.0)
+    variance = variance + (_ROUND_RMS * u * value) ** 2 + np.where(reach > 0, tiny**2, 0.0)
+    over = ~(reach < largest)  # NaN too
+    return np.where(over, np.inf, absolute), np.where(over, 0.0, variance)
