@@ -8,7 +8,8 @@ package loads one C extension and nothing else: no NumPy, no framework, no GPU d
 loaded at first use.
 """
 
-from ._C import __version__
+from . import _C  # noqa: F401  (a broken build is heard of here, not at the first call)
+from ._version import __version__
 
 # Public name -> module that defines it, loaded at first use (PEP 562).
 _WHERE = {
