@@ -196,6 +196,23 @@ typedef struct moe_combine_args {
     float scale; /* routed_scaling_factor */
 } moe_combine_args;
 
+/* Launch geometry of a row of gemm_variants.def. One dimension of thread blocks (a second one would end at 65535):
+ * col_tiles = ceil(weight rows / cols) column tiles for each of max_tiles tiles; blocks past *num_tiles leave at once.
+ * Shared memory: the ring of token and weight rows, then 8 bytes for each row of the tile. */
+#define MOE_GEMM_THREADS(wm, wn, wk)               (32 * (wm) * (wn) * (wk))
+#define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages) ((stages) * ((rows) + (cols)) * (k) * 2 + (rows) * 8)
+#define MOE_GEMM_GRID(max_tiles, weight_rows, cols) \
+    ((int64_t)(max_tiles) * (((int64_t)(weight_rows) + (cols) - 1) / (cols)))
+
+/* Thread blocks of the other stages. */
+#define MOE_ALIGN_THREADS   512
+#define MOE_ALIGN_ONE_SLOTS 8192 /* up to here moe_align_one; above: count, scan, place */
+#define MOE_ALIGN_BLOCK_SLOTS 2048 /* slots per block of count and place that keep them short */
+#define MOE_ALIGN_MAX_BLOCKS  1024
+#define MOE_ROUTE_THREADS   128 /* one warp per token: ceil(num_tokens / 4) blocks */
+#define MOE_COMBINE_THREADS 128 /* a thread does 8 columns: num_tokens * ceil(hidden_size / 1024) blocks */
+#define MOE_COMBINE_COLS    (8 * MOE_COMBINE_THREADS)
+
 #ifdef __cplusplus
 #define MOE_ASSERT_SIZE(type, bytes) static_assert(sizeof(type) == (bytes), "C and CUDA agree on " #type)
 #else
