@@ -1,24 +1,25 @@
-"""The oracle: what every function of fusedmoe computes, in float64 and in the order of the formulas.
+"""The oracle: what every function of fusedmoe computes, in float64, in the order of the formulas.
 
 NumPy only; nothing else of the package is imported, so that it can be read, copied and trusted by
-itself. Arrays of any real dtype come in (ml_dtypes bfloat16 too) and are widened; nothing is rounded
-inside. The five stages
+itself. Arrays of any real dtype come in (ml_dtypes bfloat16 too) and are widened; nothing is
+rounded inside. The five stages
 
     route     topk_weights, topk_ids = select(router_logits)
     align     expert_offsets, sorted_token_ids, row_of_slot = group(topk_ids)
     gate_up   intermediate[r] = act(x[token(r)] . w13[e]^T + w13_bias[e])
     down      rows[r] = topk_weights[slot(r)] * (intermediate[r] . w2[e]^T + w2_bias[e])
-    combine   out[t] = routed_scaling_factor * sum over slots of rows[row_of_slot[t, s]] + shared_output[t]
+    combine   out[t] = routed_scaling_factor * sum over s of rows[row_of_slot[t, s]]
+                       + shared_output[t]
 
-make `fused_experts` (the last four) and `fused_moe` (all five). `tokens=` evaluates some tokens only
-and widens only the experts that these need: a layer of a gigabyte is checked in a second.
+make `fused_experts` (the last four) and `fused_moe` (all five). `tokens=` evaluates some tokens
+only and widens only the experts that these need: a layer of a gigabyte is checked in a second.
 
 How far a correct backend may be from here is computed, not guessed: `gate_up_error`, `down_error`,
 `combine_error`, `fused_experts_error` and `fused_moe_error` return an `Error` for the same
 arguments, and `compare` holds a result against it.
 
-Shapes: num_tokens T, hidden_size H, intermediate_size I (after gating), num_experts E (w13.shape[0]),
-topk k, num_rows <= T * k (slots that were not dropped).
+Shapes: num_tokens T, hidden_size H, intermediate_size I (after gating), num_experts E (that is
+w13.shape[0]), topk k, num_rows <= T * k (slots that were not dropped).
 """
 
 import math
@@ -62,13 +63,13 @@ def route(router_logits, topk, *, method="topk_softmax", scale=1.0):
     """Pick topk experts for each token.
 
     softmax_topk: p = softmax(router_logits) over all experts; the topk largest p, as they are
-    topk_softmax: the same experts, each p divided by the sum of the topk (softmax of the topk logits)
+    topk_softmax: the same experts, each p divided by the sum of the topk
 
     router_logits  [T, E]
     scale          multiplies the weights last
 
     Order: descending logit, equal logits by ascending id, NaN after every number. Returns
-    topk_weights float64 [T, k], topk_ids int64 [T, k]. A row that holds NaN or +inf has NaN weights.
+    topk_weights float64 [T, k], topk_ids int64 [T, k]. A row with NaN or +inf has NaN weights.
     """
     logits = _f64(router_logits)
     key = np.where(np.isnan(logits), -np.inf, logits)
@@ -157,8 +158,8 @@ def gate_up(
 
     hidden_states  [T, H]
     w13            [E, 2 I, H], or [E, I, H] where not gated
-    w13_order      gate_up: gate rows, then up rows; up_gate: the other way round; interleaved: gate i
-                   is row 2 i, up i row 2 i + 1. w13_bias [E, 2 I] has the same order.
+    w13_order      gate_up: gate rows, then up rows; up_gate: the other way round; interleaved:
+                   gate i is row 2 i, up i row 2 i + 1. w13_bias [E, 2 I] has the same order.
     topk_weights   [T, k] or None: multiplies (x . w13 + bias) before the activation
 
     Returns float64 [num_rows, I].
@@ -210,7 +211,7 @@ def down(
 
 
 def combine(rows, row_of_slot, *, routed_scaling_factor=None, shared_output=None):
-    """out[t] = routed_scaling_factor * sum over slots s of rows[row_of_slot[t, s]] + shared_output[t].
+    """out[t] = routed_scaling_factor * sum over s of rows[row_of_slot[t, s]] + shared_output[t].
 
     row_of_slot    [T, k]; -1: dropped, adds exact zeros
     shared_output  [T, H] or None; not scaled
@@ -336,8 +337,9 @@ def fused_moe(
 _ACCUMULATE = 2.0**-23
 # An activation in f32, relative to |g * u|: exp, tanh or erf of a few ulp and three operations.
 _ACTIVATE = 2.0**-20
-# Relative rms error of rounding to nearest, in unit roundoffs: uniform errors, significands spread as
-# those of products are (log-uniform). The worst significand, 1, gives 0.577: compare() has that room.
+# Relative rms error of rounding to nearest, in unit roundoffs: uniform errors, significands spread
+# as those of products are (log-uniform). The worst significand, 1, gives 0.577: compare() has that
+# room.
 _ROUND_RMS = math.sqrt(0.375 / math.log(2) / 3)
 
 # dtype: (unit roundoff, half the least subnormal or what flushing it loses, largest number)
@@ -383,9 +385,10 @@ def gate_up_error(
     w13_order="gate_up",
     dtype=None,
 ):
-    """Error of `gate_up` with the same arguments, stored in `dtype` (default: that of hidden_states).
+    """Error of `gate_up` with the same arguments, stored in `dtype` (default: hidden_states').
 
-    y = x . w13 + b is off by gamma_K (|x| . |w13| + |b|); the activation passes that on with its slope.
+    y = x . w13 + b is off by gamma_K (|x| . |w13| + |b|); the activation passes that on with its
+    slope.
     """
     dtype = _dtype_name(dtype or np.asarray(hidden_states).dtype)
     x = np.asarray(hidden_states)
@@ -544,7 +547,7 @@ def fused_experts_error(
     dtype=None,
     weights_relative=0.0,
 ):
-    """(want, Error) of `fused_experts` with the same arguments: the three roundings carried through.
+    """(want, Error) of `fused_experts` with the same arguments: three roundings, carried through.
 
     dtype  of the activations (default: that of hidden_states). Returns the oracle's result too,
     because it is computed on the way.
@@ -729,7 +732,7 @@ def _dtype_name(dtype):
 
 
 def _experts(expert_offsets, sorted_token_ids):
-    """(expert, its rows as a slice, the slots token * topk + s of these rows), empty ones left out."""
+    """(expert, its rows as a slice, their slots token * topk + s), empty experts left out."""
     offsets, slots = np.asarray(expert_offsets), np.asarray(sorted_token_ids)
     for e in np.flatnonzero(np.diff(offsets)):
         rows = slice(int(offsets[e]), int(offsets[e + 1]))
@@ -801,7 +804,7 @@ def _down_weights(topk_weights, apply_router_weight_on_input, no_combine):
 
 
 def _gamma(terms):
-    """n u / (1 - n u): relative error of a sum of n products, against the sum of absolute values."""
+    """n u / (1 - n u): error of a sum of n products, relative to the sum of absolute values."""
     return terms * _ACCUMULATE / (1 - terms * _ACCUMULATE)
 
 
