@@ -2,12 +2,12 @@
 
     csrc/*.c csrc/cpu/*.c csrc/cuda/*.c   -> objects                    cc
     kernels/*.cu                          -> one fatbin each            nvcc
-    fatbins                               -> fatbins.c, .incbin table   cc   (see csrc/cuda/fatbins.h)
-    all of them                           -> _C.abi3.so                 libc, libm, pthread, dl
+    fatbins                               -> fatbins.c, .incbin table   cc, csrc/cuda/fatbins.h
+    all of them                           -> _C.abi3.so                 cc; libc, libm, pthread, dl
 
-Settings: FUSEDMOE_CUDA=0 (no GPU code), FUSEDMOE_NVCC, FUSEDMOE_WERROR=1, FUSEDMOE_SANITIZE=address,undefined,
-FUSEDMOE_JOBS, FUSEDMOE_CACHE_DIR; CC, CFLAGS, LDFLAGS and NVCC_CCBIN as everywhere.
-Development: `python setup.py build_ext --inplace`.
+Settings: FUSEDMOE_CUDA=0 (no GPU code), FUSEDMOE_NVCC (a path, or "wheel"), FUSEDMOE_WERROR=1,
+FUSEDMOE_SANITIZE=address,undefined, FUSEDMOE_JOBS, FUSEDMOE_CACHE_DIR; CC, CFLAGS, LDFLAGS and
+NVCC_CCBIN as everywhere. Development: `python setup.py build_ext --inplace`.
 """
 
 import os
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from glob import glob
 from pathlib import Path
 
@@ -32,9 +33,9 @@ from fusedmoe_build import nvcc, objects  # noqa: E402  (found only through the 
 LIMITED_API = "0x030A0000"  # Python 3.10; bdist_wheel's tag below says the same
 INCLUDE = ("csrc", "kernels")
 
-# A kernel file that needs one architecture's own instructions says so in its opening comment, for example
-# `// arch: sm_90a`. All others are portable: code for sm_80 and sm_90, so that an H200 compiles nothing
-# at run time, and PTX for whatever comes later.
+# A kernel file that needs one architecture's own instructions says so in its opening comment:
+# `// arch: sm_90a`. All others are portable: code for sm_80 and sm_90, so that an H200 compiles
+# nothing at run time, and PTX for whatever comes later.
 ARCH_MARK = re.compile(r"\barch:\s*sm_(\d+a?)\b")
 ARCH_MARK_LINES = 30
 PORTABLE = (
@@ -71,6 +72,58 @@ def python_headers():
             "(Debian, Ubuntu: apt install python3-dev)"
         )
     return folder
+
+
+def sanitizers():
+    value = os.environ.get("FUSEDMOE_SANITIZE", "")
+    return [f"-fsanitize={value}"] if value else []
+
+
+def c_flags(macros):
+    flags = ["-c", "-std=c11", "-fPIC", "-fvisibility=hidden", "-pthread", *WARNINGS]
+    if flag_set("FUSEDMOE_WERROR"):
+        flags += ["-Werror"]
+    if sanitizers():
+        flags += [
+            *sanitizers(),
+            "-fno-sanitize-recover=all",
+            "-fno-omit-frame-pointer",
+            "-O1",
+            "-g",
+        ]
+    else:
+        flags += ["-O3", "-DNDEBUG"]
+    flags += [f"-D{name}={value}" for name, value in macros.items()]
+    flags += shlex.split(os.environ.get("CFLAGS", ""))
+    return flags + [f"-I{folder}" for folder in INCLUDE]
+
+
+def link_flags():
+    flags = ["-shared", "-pthread", *sanitizers(), "-Wl,--as-needed", "-Wl,-z,relro", "-Wl,-z,now"]
+    return flags + shlex.split(os.environ.get("LDFLAGS", ""))
+
+
+def c_sources(cuda):
+    folders = ["csrc", "csrc/cpu"] + (["csrc/cuda"] if cuda else [])
+    return sorted(source for folder in folders for source in glob(f"{folder}/*.c", root_dir=ROOT))
+
+
+def c_steps(command, cuda):
+    try:
+        import numpy  # here: only a build needs it, an sdist does not
+    except ImportError:
+        numpy = None
+    if numpy is None or int(numpy.__version__.split(".")[0]) < 2:
+        raise PlatformError(
+            "the headers of NumPy 2 or newer are needed to build (they serve NumPy 1 at run time "
+            "too): pip install 'numpy>=2'"
+        )
+    compiler = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
+    identity = f"{compiler} Python {sys.version} NumPy {numpy.__version__}"
+    search = ("-isystem", python_headers(), "-isystem", numpy.get_include())
+    return [
+        objects.Step(source, ".o", tuple(command), identity, search) for source in c_sources(cuda)
+    ]
 
 
 def kernel_architectures(source):
@@ -118,87 +171,55 @@ def fatbin_table(fatbins):
 
 
 class BuildExtension(build_ext):
-    """Builds with objects.py instead of setuptools' compiler: kernels, cached objects, own warnings."""
+    """Builds with objects.py instead of setuptools' compiler: kernels, a cache, own warnings."""
 
     def build_extension(self, ext):
         try:
-            self._build(self.get_ext_fullpath(ext.name))
+            self._build(Path(self.get_ext_fullpath(ext.name)).resolve())
         except (objects.CompileError, nvcc.NvccError) as error:
             raise PlatformError(str(error)) from error
 
     def _build(self, output):
-        import numpy
-
-        temporary = Path(self.build_temp)
+        temporary = Path(self.build_temp).resolve()
         temporary.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
         store = objects.Objects(ROOT, INCLUDE, temporary)
-        compiler = c_compiler()
-        sanitize = os.environ.get("FUSEDMOE_SANITIZE", "")
-        checked = (f"-fsanitize={sanitize}",) if sanitize else ()
 
-        command = [*compiler, "-c", "-std=c11", "-fPIC", "-fvisibility=hidden", "-pthread"]
-        command += WARNINGS
-        command += ["-Werror"] if flag_set("FUSEDMOE_WERROR") else []
-        if sanitize:
-            command += [
-                *checked,
-                "-fno-sanitize-recover=all",
-                "-fno-omit-frame-pointer",
-                "-O1",
-                "-g",
-            ]
-        else:
-            command += ["-O3", "-DNDEBUG"]
-        command += [f"-D{name}={value}" for name, value in self._macros().items()]
-        command += shlex.split(os.environ.get("CFLAGS", ""))
-        command += [f"-I{folder}" for folder in INCLUDE]
-        version = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
-        identity = f"{version} Python {sys.version} NumPy {numpy.__version__}"
-        search = ("-isystem", python_headers(), "-isystem", numpy.get_include())
-
-        steps = [
-            objects.Step(source, ".o", tuple(command), identity, search)
-            for source in c_sources(self.nvcc is not None)
-        ]
-        kernels = kernel_steps(self.nvcc) if self.nvcc else []
-        built = store.build(kernels + steps)
-        fatbins, linked = built[: len(kernels)], built[len(kernels) :]
-        if self.nvcc:
-            names = [Path(step.source).stem for step in kernels]
-            table = temporary / "fatbins.c"
-            table.write_text(fatbin_table(list(zip(names, fatbins, strict=True))))
-            linked.append(str(temporary / "fatbins.o"))
-            self._run([*command, os.path.abspath(table), "-o", os.path.abspath(linked[-1])])
-
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        flags = ["-shared", "-pthread", *checked, "-Wl,--as-needed", "-Wl,-z,relro", "-Wl,-z,now"]
-        flags += shlex.split(os.environ.get("LDFLAGS", ""))
-        linked = [os.path.abspath(path) for path in linked]
-        self._run([*compiler, *flags, *linked, "-lm", "-ldl", "-o", os.path.abspath(output)])
-
-    def _run(self, command):
-        objects.run_compiler(command, Path(command[-1]).name, ROOT)
-
-    def _macros(self):
-        """Macros of the C files. Versions come from here, so that each is written in one place."""
         if nvcc.cuda_wanted():
-            self.nvcc = nvcc.require_nvcc()
-            major, minor = self.nvcc.version
-            print(f"fusedmoe: nvcc {major}.{minor} at {self.nvcc.path} (from {self.nvcc.found_in})")
+            cuda = nvcc.require_nvcc()
+            major, minor = cuda.version
+            print(f"fusedmoe: nvcc {major}.{minor} at {cuda.path} (from {cuda.found_in})")
         else:
-            self.nvcc = None
-            print("fusedmoe: FUSEDMOE_CUDA=0, a build for the CPU only: no GPU will be used")
-        return {
+            cuda = None
+            print("fusedmoe: FUSEDMOE_CUDA=0, a build for the CPU only: it will use no GPU")
+
+        compiler = c_compiler()
+        macros = {
             "Py_LIMITED_API": LIMITED_API,
             "MOE_VERSION": f'"{self.distribution.get_version()}"',
-            "MOE_CUDA_BUILT": 1 if self.nvcc else 0,
-            "MOE_CUDA_VERSION": major * 1000 + minor * 10 if self.nvcc else 0,
+            "MOE_CUDA_BUILT": 1 if cuda else 0,
+            "MOE_CUDA_VERSION": major * 1000 + minor * 10 if cuda else 0,
         }
+        command = [*compiler, *c_flags(macros)]
+        kernels = kernel_steps(cuda) if cuda else []
+        built = store.build(kernels + c_steps(command, cuda=bool(cuda)))
+        fatbins, linked = built[: len(kernels)], built[len(kernels) :]
 
-
-def c_sources(cuda):
-    folders = ["csrc", "csrc/cpu"] + (["csrc/cuda"] if cuda else [])
-    return sorted(source for folder in folders for source in glob(f"{folder}/*.c", root_dir=ROOT))
+        # A folder of its own: two builds may run in one tree.
+        with tempfile.TemporaryDirectory(dir=temporary) as folder:
+            if cuda:
+                names = [Path(step.source).stem for step in kernels]
+                table = Path(folder, "fatbins.c")
+                table.write_text(fatbin_table(list(zip(names, fatbins, strict=True))))
+                linked.append(f"{folder}/fatbins.o")
+                objects.run_compiler([*command, str(table), "-o", linked[-1]], table.name, ROOT)
+            library = Path(folder, output.name)
+            objects.run_compiler(
+                [*compiler, *link_flags(), *linked, "-lm", "-ldl", "-o", str(library)],
+                output.name,
+                ROOT,
+            )
+            os.replace(library, output)
 
 
 setup(

@@ -1,9 +1,9 @@
-"""The build backend: setuptools.build_meta, plus the CUDA compiler's own wheels where there is no nvcc.
+"""The build backend: setuptools.build_meta, and the CUDA compiler's wheels where there is no nvcc.
 
 pip asks `get_requires_for_build_wheel` what a build needs beyond `build-system.requires`. A machine
 with a toolkit answers "nothing"; a machine without one gets nvcc and its headers from the package
-index (about 280 MB unpacked, in the temporary build environment only). What is built, and how, is in
-setup.py; this package is also what setup.py imports to do it.
+index (about 280 MB unpacked, in the temporary build environment only). What is built, and how, is
+in setup.py, which imports this package to do it.
 """
 
 import shutil
@@ -44,8 +44,8 @@ def get_requires_for_build_editable(config_settings=None):
 
 
 def build_wheel(wheel_directory, config_settings=None, metadata_directory=None):
-    # setuptools packs whatever an earlier build left in build/lib*, deleted modules included. Objects
-    # live in the user's cache, so starting clean costs one link.
+    # setuptools packs whatever an earlier build left in build/lib*, deleted modules included.
+    # Objects live in the user's cache, so starting clean costs one link.
     for folder in Path("build").glob("lib*"):
         shutil.rmtree(folder)
     return build_meta.build_wheel(wheel_directory, config_settings, metadata_directory)

@@ -1,8 +1,8 @@
-"""Compile sources to objects, in parallel, and keep the objects under the hash of all they depend on.
+"""Compile sources to objects, in parallel; keep each under the hash of all that it depends on.
 
-No time stamps: an object is found again after a fresh clone, in a build environment at another path, and
-by two checkouts at once. A result is written beside its place and renamed, so that a reader never sees
-half of one.
+No time stamps: an object is found again after a fresh clone, in a build environment at another
+path, and by two checkouts at once. A result is written beside its place and renamed, so that a
+reader never sees half of one.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _HINTS = (
         "install Python's headers (Debian, Ubuntu: apt install python3-dev)",
     ),
     (
-        r"cc1plus|g\+\+: not found|Failed to preprocess host compiler|No such file or directory.*g\+\+",
+        r"cc1plus|Failed to preprocess host compiler|(g\+\+|gcc).*(not found|No such file)",
         "nvcc needs a C++ compiler beside it (Debian, Ubuntu: apt install g++)",
     ),
     (
@@ -99,8 +99,8 @@ def cache_folder():
 
 class Objects:
     def __init__(self, root, include, fallback):
-        """root: the source tree; include: its folders for quoted includes; fallback: where objects go
-        when the cache cannot be written."""
+        """root: the source tree; include: its folders for quoted includes; fallback: the folder for
+        objects when the cache cannot be written."""
         self.root = Path(root)
         self.include = include
         self.folder = cache_folder() / "objects"
