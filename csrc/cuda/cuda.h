@@ -35,6 +35,9 @@ int moe_cuda_alloc(int device, int64_t bytes, void **ptr, moe_error *err);
 int moe_cuda_free(int device, void *ptr);
 int moe_cuda_copy(int device, void *dst, const void *src, int64_t bytes, int kind, moe_error *err);
 int moe_cuda_synchronize(int device, moe_error *err);
+int moe_cuda_memory(int device, int64_t *free_bytes, int64_t *total_bytes, moe_error *err);
+/* Bytes per microsecond of a timed copy on the device, read and written bytes counted. */
+int moe_cuda_copy_bandwidth(int device, double *bytes_per_us, moe_error *err);
 int moe_cuda_stream_create(int device, void **stream, moe_error *err);
 int moe_cuda_graph_begin(int device, void *stream, moe_error *err);
 int moe_cuda_graph_end(int device, void *stream, void **graph_exec, moe_error *err);
@@ -107,6 +110,16 @@ static inline int moe_cuda_copy(int device, void *dst, const void *src, int64_t 
 static inline int moe_cuda_synchronize(int device, moe_error *err)
 {
     (void)device;
+    return MOE_CUDA_ABSENT(err);
+}
+static inline int moe_cuda_memory(int device, int64_t *free_bytes, int64_t *total_bytes, moe_error *err)
+{
+    (void)device, (void)free_bytes, (void)total_bytes;
+    return MOE_CUDA_ABSENT(err);
+}
+static inline int moe_cuda_copy_bandwidth(int device, double *bytes_per_us, moe_error *err)
+{
+    (void)device, (void)bytes_per_us;
     return MOE_CUDA_ABSENT(err);
 }
 static inline int moe_cuda_stream_create(int device, void **stream, moe_error *err)

@@ -1,0 +1,272 @@
+/* launch.c: the stages on a GPU. A row of the kernel table is launched with the geometry that the plan gives;
+ * every call of the driver is checked, nothing synchronises (but FUSEDMOE_SYNC=1), nothing is allocated.
+ *
+ * The kernels of a call are one chain of programmatic dependent launches: each waits for its predecessor
+ * before it touches what others wrote, so that only their prologues overlap. */
+#include "driver.h"
+
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum {
+    KERNEL_ROUTE = 0,
+    KERNEL_ALIGN_ONE,
+    KERNEL_ALIGN_COUNT,
+    KERNEL_ALIGN_SCAN,
+    KERNEL_ALIGN_PLACE,
+    KERNEL_ALIGN_TILES,
+    KERNEL_COMBINE_BF16,
+    KERNEL_COMBINE_F16,
+    KERNEL_COMBINE_BF16_ANY,
+    KERNEL_COMBINE_F16_ANY,
+    KERNEL_HOPPER_PROBE,
+    KERNEL_FIRST_VARIANT /* rows of gemm_variants.def follow */
+};
+
+#define PARAMS_gate_up moe_gate_up_args
+#define PARAMS_down moe_down_args
+#define ARCH_sm80 80
+#define ARCH_sm90a 90
+
+static const moe_kernel_row KERNELS[] = {
+    [KERNEL_ROUTE] = {"moe_route", "route", 0, 80, sizeof(moe_route_args)},
+    [KERNEL_ALIGN_ONE] = {"moe_align_one", "align", 0, 80, sizeof(moe_align_args)},
+    [KERNEL_ALIGN_COUNT] = {"moe_align_count", "align", 0, 80, sizeof(moe_align_args)},
+    [KERNEL_ALIGN_SCAN] = {"moe_align_scan", "align", 0, 80, sizeof(moe_align_args)},
+    [KERNEL_ALIGN_PLACE] = {"moe_align_place", "align", 0, 80, sizeof(moe_align_args)},
+    [KERNEL_ALIGN_TILES] = {"moe_align_tiles", "align", 0, 80, sizeof(moe_align_args)},
+    [KERNEL_COMBINE_BF16] = {"moe_combine_bf16", "combine", 0, 80, sizeof(moe_combine_args)},
+    [KERNEL_COMBINE_F16] = {"moe_combine_f16", "combine", 0, 80, sizeof(moe_combine_args)},
+    [KERNEL_COMBINE_BF16_ANY] = {"moe_combine_bf16_any", "combine", 0, 80, sizeof(moe_combine_args)},
+    [KERNEL_COMBINE_F16_ANY] = {"moe_combine_f16_any", "combine", 0, 80, sizeof(moe_combine_args)},
+    [KERNEL_HOPPER_PROBE] = {"moe_hopper_probe", "hopper_probe", 0, 90, 0},
+#define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k, stages, wm, wn, wk, cluster, align) \
+    {#name, #stage, MOE_GEMM_SMEM_BYTES(rows, cols, k, stages), ARCH_##arch, sizeof(PARAMS_##stage)},
+#include "../../kernels/gemm_variants.def"
+#undef MOE_GEMM_VARIANT
+};
+
+enum { NUM_KERNELS = sizeof KERNELS / sizeof *KERNELS };
+_Static_assert(NUM_KERNELS <= MOE_MAX_KERNELS, "moe_device.kernels holds a function per row");
+
+const moe_kernel_row *moe_kernel_table(int *count)
+{
+    *count = NUM_KERNELS;
+    return KERNELS;
+}
+
+typedef struct geometry {
+    int64_t blocks;
+    int threads;
+    int smem_bytes;
+    bool dependent; /* may start before the kernel in front of it has ended */
+} geometry;
+
+/* An environment variable that is "1", read once. */
+static bool setting(const char *name, atomic_int *known)
+{
+    int value = atomic_load_explicit(known, memory_order_relaxed);
+    if (value == 0) {
+        const char *text = getenv(name);
+        value = text && strcmp(text, "1") == 0 ? 2 : 1;
+        atomic_store_explicit(known, value, memory_order_relaxed);
+    }
+    return value == 2;
+}
+
+static atomic_int sync_setting, no_launch_setting;
+
+/* FUSEDMOE_SYNC=1: waits for the kernel and names it where it failed; not while the stream is being captured. */
+static int synchronise(const moe_driver *driver, CUstream stream, const char *name, moe_error *err)
+{
+    CUstreamCaptureStatus capturing = CU_STREAM_CAPTURE_STATUS_NONE;
+    driver->cuStreamIsCapturing(stream, &capturing);
+    if (capturing != CU_STREAM_CAPTURE_STATUS_NONE) return MOE_OK;
+    CUresult code = driver->cuStreamSynchronize(stream);
+    char what[96];
+    snprintf(what, sizeof what, "kernel %s failed while running", name);
+    return code == CUDA_SUCCESS ? MOE_OK : moe_cuda_fail(driver, code, what, err);
+}
+
+static int launch(int kernel, const geometry *g, void *args, int device, void *stream, moe_error *err)
+{
+    const moe_driver *driver = NULL;
+    moe_device *state = NULL;
+    int pushed = 0;
+    if (moe_driver_get(&driver, err) || moe_device_get(device, &state, err)) return err->status;
+    CUfunction function = state->kernels[kernel].function;
+    if (!function)
+        return moe_fail(err, MOE_ERROR_NOT_IMPLEMENTED, "device: kernel %s has no code for %s", KERNELS[kernel].name, state->info.name);
+    if (g->blocks < 1 || g->blocks > INT32_MAX)
+        return moe_fail(err, MOE_ERROR_VALUE, "num_tokens: %s would need %lld thread blocks", KERNELS[kernel].name, (long long)g->blocks);
+    if (setting("FUSEDMOE_NO_LAUNCH", &no_launch_setting)) return MOE_OK;
+    CUlaunchAttribute attribute;
+    memset(&attribute, 0, sizeof attribute);
+    attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    CUlaunchConfig config;
+    memset(&config, 0, sizeof config);
+    config.gridDimX = (unsigned)g->blocks;
+    config.gridDimY = config.gridDimZ = 1;
+    config.blockDimX = (unsigned)g->threads;
+    config.blockDimY = config.blockDimZ = 1;
+    config.sharedMemBytes = (unsigned)g->smem_bytes;
+    config.hStream = stream;
+    config.attrs = &attribute;
+    config.numAttrs = g->dependent && state->kernels[kernel].dependent;
+    void *params[] = {args};
+    if (moe_context_enter(driver, state, &pushed, err)) return err->status;
+    CUresult code = driver->cuLaunchKernelEx(&config, function, params, NULL);
+    if (code != CUDA_SUCCESS) {
+        char what[96];
+        snprintf(what, sizeof what, "launching kernel %s failed", KERNELS[kernel].name);
+        moe_cuda_fail(driver, code, what, err);
+    } else if (setting("FUSEDMOE_SYNC", &sync_setting)) {
+        synchronise(driver, stream, KERNELS[kernel].name, err);
+    }
+    moe_context_leave(driver, pushed);
+    return err->status;
+}
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device, void *stream, moe_error *err)
+{
+    (void)plan;
+    moe_route_args a = *args;
+    const geometry g = {ceil_div(a.num_tokens, MOE_ROUTE_THREADS / 32), MOE_ROUTE_THREADS, 0, true};
+    return launch(KERNEL_ROUTE, &g, &a, device, stream, err);
+}
+
+int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device, void *stream, moe_error *err)
+{
+    moe_align_args a = *args;
+    const geometry one = {1, MOE_ALIGN_THREADS, 0, true}, many = {plan->align_blocks, MOE_ALIGN_THREADS, 0, true};
+    if (plan->align_blocks == 1) return launch(KERNEL_ALIGN_ONE, &one, &a, device, stream, err);
+    if (launch(KERNEL_ALIGN_COUNT, &many, &a, device, stream, err)) return err->status;
+    if (launch(KERNEL_ALIGN_SCAN, &one, &a, device, stream, err)) return err->status;
+    return launch(KERNEL_ALIGN_PLACE, &many, &a, device, stream, err);
+}
+
+int moe_cuda_align_tiles(const moe_plan *plan, const moe_align_args *args, int device, void *stream, moe_error *err)
+{
+    (void)plan;
+    moe_align_args a = *args;
+    const geometry g = {1, MOE_ALIGN_THREADS, 0, true};
+    return launch(KERNEL_ALIGN_TILES, &g, &a, device, stream, err);
+}
+
+static geometry gemm_geometry(const moe_gemm_plan *gemm, int32_t max_tiles)
+{
+    const geometry g = {(int64_t)gemm->grid_cols * max_tiles, gemm->threads, gemm->smem_bytes, true};
+    return g;
+}
+
+int moe_cuda_gate_up(const moe_plan *plan, const moe_gate_up_args *args, int device, void *stream, moe_error *err)
+{
+    moe_gate_up_args a = *args;
+    const geometry g = gemm_geometry(&plan->gate_up, plan->max_tiles);
+    return launch(KERNEL_FIRST_VARIANT + plan->gate_up.variant, &g, &a, device, stream, err);
+}
+
+int moe_cuda_down(const moe_plan *plan, const moe_down_args *args, int device, void *stream, moe_error *err)
+{
+    moe_down_args a = *args;
+    geometry g = gemm_geometry(&plan->down, plan->max_tiles);
+    /* down reads the work list before it waits, which only gate_up in front of it makes safe */
+    g.dependent = plan->problem.operation != MOE_OP_DOWN;
+    return launch(KERNEL_FIRST_VARIANT + plan->down.variant, &g, &a, device, stream, err);
+}
+
+int moe_cuda_combine(const moe_plan *plan, const moe_combine_args *args, int device, void *stream, moe_error *err)
+{
+    moe_combine_args a = *args;
+    bool vector = plan->combine_vector_bytes == 16, bf16 = a.dtype == MOE_BF16;
+    int kernel = vector ? (bf16 ? KERNEL_COMBINE_BF16 : KERNEL_COMBINE_F16) : (bf16 ? KERNEL_COMBINE_BF16_ANY : KERNEL_COMBINE_F16_ANY);
+    int64_t blocks = a.num_tokens * ceil_div(a.hidden_size, MOE_COMBINE_COLS);
+    const geometry g = {blocks < (1 << 30) ? blocks : 1 << 30, MOE_COMBINE_THREADS, 0, true};
+    return launch(kernel, &g, &a, device, stream, err);
+}
+
+/* ------------------------------------------------------------------------------------------------
+ * The Hopper probe: C [64, 64] = A [64, 64] B [64, 64]^T through tensor maps, TMA and wgmma. */
+
+enum { PROBE = 64 };
+
+static int encode_probe(const moe_driver *driver, CUtensorMap *map, void *data, moe_error *err)
+{
+    const cuuint64_t dims[2] = {PROBE, PROBE}, strides[1] = {PROBE * 2};
+    const cuuint32_t box[2] = {PROBE, PROBE}, steps[2] = {1, 1};
+    CUresult code = driver->cuTensorMapEncodeTiled(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data, dims, strides, box, steps,
+                                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                                   CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return code == CUDA_SUCCESS ? MOE_OK : moe_cuda_fail(driver, code, "cuTensorMapEncodeTiled", err);
+}
+
+/* Small integers in bf16, so that the product is exact in f32. */
+static int probe_value(int matrix, int row, int column) { return (row * 7 + column * (matrix ? 5 : 3) + matrix) % 9 - 4; }
+
+static uint16_t bf16_of_small(int value)
+{
+    float f = (float)value;
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    return (uint16_t)(bits >> 16);
+}
+
+static int run_probe(const moe_driver *driver, moe_device *state, int device, CUdeviceptr buffer, double *max_error, moe_error *err)
+{
+    enum { BYTES = PROBE * PROBE * 2 };
+    uint16_t a[PROBE * PROBE], b[PROBE * PROBE];
+    float c[PROBE * PROBE];
+    for (int i = 0; i < PROBE * PROBE; ++i) {
+        a[i] = bf16_of_small(probe_value(0, i / PROBE, i % PROBE));
+        b[i] = bf16_of_small(probe_value(1, i / PROBE, i % PROBE));
+    }
+    char *base = (char *)(uintptr_t)buffer;
+    if (moe_cuda_copy(device, base, a, BYTES, MOE_COPY_TO_DEVICE, err)) return err->status;
+    if (moe_cuda_copy(device, base + BYTES, b, BYTES, MOE_COPY_TO_DEVICE, err)) return err->status;
+    CUtensorMap map_a, map_b;
+    if (encode_probe(driver, &map_a, base, err) || encode_probe(driver, &map_b, base + BYTES, err)) return err->status;
+    CUdeviceptr out = buffer + 2 * BYTES;
+    void *params[] = {&map_a, &map_b, &out};
+    CUlaunchConfig config;
+    memset(&config, 0, sizeof config);
+    config.gridDimX = config.gridDimY = config.gridDimZ = 1;
+    config.blockDimX = 128;
+    config.blockDimY = config.blockDimZ = 1;
+    CUresult code = driver->cuLaunchKernelEx(&config, state->kernels[KERNEL_HOPPER_PROBE].function, params, NULL);
+    if (code != CUDA_SUCCESS) return moe_cuda_fail(driver, code, "launching kernel moe_hopper_probe failed", err);
+    if (moe_cuda_copy(device, c, base + 2 * BYTES, (int64_t)sizeof c, MOE_COPY_TO_HOST, err)) return err->status;
+    *max_error = 0;
+    for (int i = 0; i < PROBE; ++i)
+        for (int j = 0; j < PROBE; ++j) {
+            int want = 0;
+            for (int k = 0; k < PROBE; ++k) want += probe_value(0, i, k) * probe_value(1, j, k);
+            double off = c[i * PROBE + j] - want;
+            if (off < 0) off = -off;
+            if (!(off <= *max_error)) *max_error = off; /* a NaN stays */
+        }
+    return MOE_OK;
+}
+
+int moe_cuda_probe_hopper(int device, double *max_error, moe_error *err)
+{
+    const moe_driver *driver = NULL;
+    moe_device *state = NULL;
+    void *buffer = NULL;
+    int pushed = 0;
+    if (moe_driver_get(&driver, err) || moe_device_get(device, &state, err)) return err->status;
+    if (!state->kernels[KERNEL_HOPPER_PROBE].function)
+        return moe_fail(err, MOE_ERROR_NOT_IMPLEMENTED, "device: the Hopper probe needs compute capability 9.0, got %d.%d (%s)",
+                        state->info.capability / 10, state->info.capability % 10, state->info.name);
+    if (moe_cuda_alloc(device, PROBE * PROBE * 8, &buffer, err)) return err->status;
+    if (!moe_context_enter(driver, state, &pushed, err)) {
+        run_probe(driver, state, device, (CUdeviceptr)(uintptr_t)buffer, max_error, err);
+        moe_context_leave(driver, pushed);
+    }
+    moe_cuda_free(device, buffer);
+    return err->status;
+}
