@@ -49,7 +49,7 @@ static const moe_kernel_row KERNELS[] = {
 };
 
 enum { NUM_KERNELS = sizeof KERNELS / sizeof *KERNELS };
-_Static_assert(NUM_KERNELS <= MOE_MAX_KERNELS, "moe_device.kernels holds a function per row");
+_Static_assert(sizeof KERNELS / sizeof *KERNELS <= (size_t)MOE_MAX_KERNELS, "moe_device.kernels holds a function per row");
 
 const moe_kernel_row *moe_kernel_table(int *count)
 {
@@ -245,7 +245,7 @@ static int run_probe(const moe_driver *driver, moe_device *state, int device, CU
         for (int j = 0; j < PROBE; ++j) {
             int want = 0;
             for (int k = 0; k < PROBE; ++k) want += probe_value(0, i, k) * probe_value(1, j, k);
-            double off = c[i * PROBE + j] - want;
+            double off = (double)c[i * PROBE + j] - want;
             if (off < 0) off = -off;
             if (!(off <= *max_error)) *max_error = off; /* a NaN stays */
         }
