@@ -169,6 +169,10 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
 /* The H200 by default, with num_sms replaced where num_sms > 0: plans without a GPU. */
 void moe_default_device(moe_backend backend, int32_t num_sms, moe_device_info *info);
 
+/* Rows of gemm_variants.def by number; "cpu" for -1. */
+const char *moe_variant_name(int32_t row);
+int32_t moe_num_variants(void);
+
 /* pipeline.c: stages in order. out and workspace are present and checked. stream: CUstream or NULL. */
 int moe_run_layer(const moe_call *call, const moe_plan *plan, void *stream, moe_error *err);
 /* One stage alone (MOE_OP_ROUTE, ALIGN, GATE_UP, DOWN, COMBINE). */

@@ -165,8 +165,9 @@ static int describe(const moe_driver *driver, CUdevice handle, int device, moe_d
     info->l2_bytes = l2;
     /* double data rate; of the datasheet's rate about 0.96 is readable (4.65 of 4.8 TB/s on an H200) */
     info->read_bytes_per_us = 0.96 * 2.0 * memory_khz * 1e-3 * bus_bits / 8.0;
-    /* mma.sync on Hopper: 1024 FMA per clock and SM at 16 bits, half of that on sm_80 */
-    info->flops_per_us = 2.0 * (major >= 9 ? 2048.0 : 1024.0) * info->num_sms * sm_khz * 1e-3;
+    /* the dense 16-bit matrix rate: 2048 multiply-adds per clock and SM on Hopper, half of that on sm_80 */
+    /* at the clock that such work sustains, about three quarters of the boost clock */
+    info->flops_per_us = 0.74 * 2.0 * (major >= 9 ? 2048.0 : 1024.0) * info->num_sms * sm_khz * 1e-3;
     return MOE_OK;
 }
 
