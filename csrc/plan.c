@@ -105,7 +105,8 @@ static double variant_us(const variant *v, const gemm_shape *s, const moe_device
     double steps = (double)ceil_div(s->depth, v->k);
     double flops = 2.0 * v->rows * v->cols * v->k, bytes = (double)(v->rows + v->cols) * v->k * (double)s->element_bytes;
     double tile_share = v->rows >= 128 ? 1.0 : v->rows >= 64 ? 0.8 : v->rows >= 32 ? 0.6 : 0.45;
-    double step_us = fmax(flops / (d->flops_per_us / d->num_sms * mma_share * tile_share), bytes / l2_bytes_per_us_sm);
+    double load_share = v->align_bytes >= 16 ? 1.0 : 0.12; /* single elements instead of 16-byte copies */
+    double step_us = fmax(flops / (d->flops_per_us / d->num_sms * mma_share * tile_share), bytes / (l2_bytes_per_us_sm * load_share));
     double compute_us = waves * (fill_us + steps * per_sm * step_us);
     double stream_bytes = s->experts * (double)s->weight_rows * (double)s->depth * (double)s->element_bytes +
                           s->experts * s->rows_per_expert * (double)s->row_bytes;
