@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 OLDEST = (12, 8)
+USUAL = "/usr/local/cuda/bin/nvcc"
 
 # One line of versions: nvcc looks for its companions (cicc, crt/, nv/target) in its own folder.
 NVCC_WHEELS = (
@@ -60,7 +61,7 @@ def _candidates():
         yield "the nvidia-cuda-nvcc wheel", str(folder / "bin" / "nvcc")
     if system:
         yield "PATH", shutil.which("nvcc") or ""
-        yield "the usual folder", "/usr/local/cuda/bin/nvcc"
+        yield "the usual folder", USUAL
 
 
 def _version(path):
