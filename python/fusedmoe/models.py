@@ -1,4 +1,4 @@
-"""The layers that benchmarks, demo and plan know by name: one row per model as it is served."""
+"""What is measured: the layers that benchmarks, demo and plan know by name, and the batch sizes."""
 
 from __future__ import annotations
 
@@ -31,6 +31,13 @@ MODELS = {
 }
 
 
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+QUICK_TOKENS = (1, 16, 256, 4096)
+# The models whose own weights are bf16; dsv3_tp8 is for fp8.
+BF16_MODELS = tuple(name for name in MODELS if name != "dsv3_tp8")
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
 def model(name: str) -> Model:
     """The row of `name`; ValueError with all names where there is none."""
     try:
@@ -38,3 +45,22 @@ def model(name: str) -> Model:
     except KeyError:
         known = ", ".join(MODELS)
         raise ValueError(f"model: expected one of {known}, got {name!r}") from None
+
+
+def add_arguments(parser, models, tokens):
+    """The choice of points, the same for every script."""
+    parser.add_argument("--models", "--model", default=",".join(models), help="comma-separated")
+    parser.add_argument("--tokens", default=",".join(map(str, tokens)), help="comma-separated")
+    parser.add_argument("--dtype", default="bf16", choices=DTYPES)
+    parser.add_argument("--quick", action="store_true", help="one model, a few batch sizes")
+
+
+def chosen_points(args):
+    """(models, tokens) of parsed arguments; ValueError for an unknown model."""
+    models = [name for name in args.models.split(",") if name]
+    for name in models:
+        model(name)
+    tokens = [int(text) for text in args.tokens.split(",") if text]
+    if args.quick:
+        models, tokens = models[:1], [n for n in tokens if n in QUICK_TOKENS] or tokens[:1]
+    return models, tokens

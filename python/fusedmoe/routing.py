@@ -1,10 +1,10 @@
-"""How router logits become `topk_weights` and `topk_ids`: one frozen description, one table of
-methods."""
+"""How router logits become `topk_weights` and `topk_ids`: one description, one table of methods."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 # method -> (what it does, renormalised by default, may `renormalize` be the other value)
@@ -44,8 +44,7 @@ class Routing:
             gpt-oss call it).
         renormalize: divide the weights by their sum. None: what the method says.
         routed_scaling_factor: multiplies the weights last. Not the keyword of the same name of the
-            layer, which
-            multiplies the layer's output: give one of the two.
+            layer, which multiplies the layer's output: give one of the two.
         ids_dtype: "int32" or "int64", of the topk_ids that `route` allocates.
         weights_dtype: "float32", of the topk_weights that `route` allocates.
 
@@ -108,7 +107,7 @@ class Routing:
                     f"got {self.renormalize}"
                 )
         scale = self.routed_scaling_factor
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        if isinstance(scale, bool) or not isinstance(scale, Real):
             raise TypeError(f"routed_scaling_factor: expected a float, got {type(scale).__name__}")
         if not math.isfinite(scale):
             raise ValueError(f"routed_scaling_factor: expected a finite number, got {scale}")
