@@ -103,12 +103,12 @@ def link_flags():
     return flags + shlex.split(os.environ.get("LDFLAGS", ""))
 
 
-def c_sources(cuda):
-    folders = ["csrc", "csrc/cpu"] + (["csrc/cuda"] if cuda else [])
+def c_sources(*folders):
     return sorted(source for folder in folders for source in glob(f"{folder}/*.c", root_dir=ROOT))
 
 
 def c_steps(command, cuda):
+    """cuda: the nvcc whose cuda.h csrc/cuda sees; None for a build without GPU code."""
     try:
         import numpy  # here: only a build needs it, an sdist does not
     except ImportError:
@@ -118,12 +118,20 @@ def c_steps(command, cuda):
             "the headers of NumPy 2 or newer are needed to build (they serve NumPy 1 at run time "
             "too): pip install 'numpy>=2'"
         )
-    compiler = subprocess.run([command[0], "--version"], capture_output=True, text=True).stdout
+    compiler = subprocess.run([*c_compiler(), "--version"], capture_output=True, text=True).stdout
     identity = f"{compiler} Python {sys.version} NumPy {numpy.__version__}"
     search = ("-isystem", python_headers(), "-isystem", numpy.get_include())
-    return [
-        objects.Step(source, ".o", tuple(command), identity, search) for source in c_sources(cuda)
+    steps = [
+        objects.Step(source, ".o", tuple(command), identity, search)
+        for source in c_sources("csrc", "csrc/cpu")
     ]
+    if cuda:
+        search = ("-isystem", nvcc.include_folder(cuda))
+        steps += [
+            objects.Step(source, ".o", tuple(command), f"{compiler} {cuda.text}", search)
+            for source in c_sources("csrc/cuda")
+        ]
+    return steps
 
 
 def kernel_architectures(source):
@@ -202,7 +210,7 @@ class BuildExtension(build_ext):
         }
         command = [*compiler, *c_flags(macros)]
         kernels = kernel_steps(cuda) if cuda else []
-        built = store.build(kernels + c_steps(command, cuda=bool(cuda)))
+        built = store.build(kernels + c_steps(command, cuda))
         fatbins, linked = built[: len(kernels)], built[len(kernels) :]
 
         # A folder of its own: two builds may run in one tree.
@@ -222,8 +230,12 @@ class BuildExtension(build_ext):
             os.replace(library, output)
 
 
+extension = Extension(
+    "fusedmoe._C", c_sources("csrc", "csrc/cpu", "csrc/cuda"), py_limited_api=True
+)
+
 setup(
-    ext_modules=[Extension("fusedmoe._C", c_sources(cuda=True), py_limited_api=True)],
+    ext_modules=[extension],
     cmdclass={"build_ext": BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -112,3 +112,19 @@ def require_nvcc():
             "(`pip install .` with build isolation fetches the compiler's wheels by itself.)"
         )
     return nvcc
+
+
+def include_folder(nvcc):
+    """The folder of this nvcc's cuda.h, asked of nvcc itself: a toolkit, a wheel and a wrapper in PATH
+    each have it elsewhere."""
+    answer = subprocess.run(
+        [nvcc.path, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+    )
+    found = re.search(r'^#\$ INCLUDES="-I([^"]+)"', answer.stderr, re.MULTILINE)
+    if found is None or not Path(found[1], "cuda.h").is_file():
+        where = found[1] if found else "its folders"
+        raise NvccError(
+            f"cuda.h: expected beside {nvcc.path}, got {where} without it "
+            "(the nvidia-cuda-runtime wheel has it)"
+        )
+    return os.path.normpath(found[1])
