@@ -103,6 +103,17 @@ def test_no_nvcc_says_what_to_do(machine):
     assert "FUSEDMOE_CUDA=0" in str(error.value)
 
 
+def test_the_drivers_header_is_found_by_asking_nvcc(machine):
+    include = machine / "toolkit" / "include"
+    dryrun = f"""echo '#$ INCLUDES="-I{include}/../include"  ' >&2"""
+    found = nvcc.Nvcc(str(script(machine / "wrapper", dryrun)), (13, 0), "", "PATH")
+    with pytest.raises(nvcc.NvccError, match="cuda.h: expected beside .*wrapper"):
+        nvcc.include_folder(found)
+    include.mkdir(parents=True)
+    (include / "cuda.h").write_text("")
+    assert nvcc.include_folder(found) == str(include)
+
+
 def test_only_0_turns_cuda_off(machine, monkeypatch):
     assert nvcc.cuda_wanted()
     monkeypatch.setenv("FUSEDMOE_CUDA", "0")

@@ -115,8 +115,9 @@ def require_nvcc():
 
 
 def include_folder(nvcc):
-    """The folder of this nvcc's cuda.h, asked of nvcc itself: a toolkit, a wheel and a wrapper in PATH
-    each have it elsewhere."""
+    """The folder of this nvcc's cuda.h, asked of nvcc itself.
+
+    A toolkit, a wheel and a wrapper script in PATH each have it elsewhere."""
     answer = subprocess.run(
         [nvcc.path, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
     )
