@@ -1,0 +1,104 @@
+/* combine.cu: out[t] = scale * sum over slots s of rows[row_of_slot[t, s]] + shared_output[t]   (stage 5 of 5)
+ * In     rows           [num_rows, hidden_size]    bf16, f16  output of down, weighted, grouped by expert
+ *        row_of_slot    [num_tokens, topk]         int32      row of that slot; -1: dropped, adds nothing
+ *        shared_output  [num_tokens, hidden_size]  as rows, or NULL
+ * Out    out            [num_tokens, hidden_size]  as rows    every element is written
+ * Math   f32, slots in order 0 .. topk - 1, one rounding: bitwise repeatable. no_combine is topk = 1
+ * Grid   one thread per eight columns of a token, MOE_COMBINE_THREADS per block; any number of blocks is
+ *        correct, num_tokens * ceil(hidden_size / MOE_COMBINE_COLS) is one item each. No shared memory
+ * Needs  hidden_size % 8 == 0 and 16-byte aligned rows of all tensors; `any` needs neither
+ * Cost   (num_rows + num_tokens) * hidden_size * 2 bytes: memory-bound */
+#include "numeric.cuh"
+
+// Rows of a token that are under way at once.
+static constexpr int kInFlight = 8;
+
+// Eight columns, `count` of which exist.
+template <class T, bool kVector>
+static __device__ __forceinline__ uint4 load_columns(const void *base, int64_t at, int32_t count)
+{
+    if constexpr (kVector) {
+        return *reinterpret_cast<const uint4 *>(static_cast<const unsigned short *>(base) + at);
+    } else {
+        const unsigned short *bits = static_cast<const unsigned short *>(base) + at;
+        uint32_t e[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) e[i] = i < count ? bits[i] : 0u;
+        return make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16,
+                          e[6] | e[7] << 16);
+    }
+}
+
+template <class T>
+static __device__ __forceinline__ void add(float (&sum)[8], uint4 v)
+{
+    uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        float2 pair = T::to_f32x2(pairs[i]);
+        sum[2 * i] += pair.x;
+        sum[2 * i + 1] += pair.y;
+    }
+}
+
+template <class T, bool kVector>
+static __device__ __forceinline__ void combine(const moe_combine_args &args)
+{
+    using element = typename T::element;
+    grid_dependency_wait();
+    grid_launch_dependents();
+    int32_t col_blocks = (args.hidden_size + MOE_COMBINE_COLS - 1) / MOE_COMBINE_COLS;
+    int64_t num_items = args.num_tokens * col_blocks;
+    for (int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
+        int64_t token = item / col_blocks;
+        int32_t col = static_cast<int32_t>(item - token * col_blocks) * MOE_COMBINE_COLS +
+                      static_cast<int32_t>(threadIdx.x) * 8;
+        int32_t count = min(8, args.hidden_size - col);
+        if (count <= 0) continue;
+        const int32_t *row_of_slot = args.row_of_slot + token * args.topk;
+        float sum[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
+        uint4 shared_output = make_uint4(0, 0, 0, 0);
+        if (args.shared_output)
+            shared_output = load_columns<T, kVector>(args.shared_output,
+                                                     token * args.shared_stride + col, count);
+        for (int32_t first = 0; first < args.topk; first += kInFlight) {
+            int32_t row[kInFlight];
+            uint4 held[kInFlight];
+#pragma unroll
+            for (int s = 0; s < kInFlight; ++s)
+                row[s] = first + s < args.topk ? row_of_slot[first + s] : -1;
+#pragma unroll
+            for (int s = 0; s < kInFlight; ++s)
+                if (row[s] >= 0)
+                    held[s] = load_columns<T, kVector>(args.rows, row[s] * args.rows_stride + col,
+                                                       count);
+#pragma unroll
+            for (int s = 0; s < kInFlight; ++s)
+                if (row[s] >= 0) add<T>(sum, held[s]);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum[i] *= args.scale;
+        if (args.shared_output) add<T>(sum, shared_output);
+        element *to = static_cast<element *>(args.out) + token * args.out_stride + col;
+        if constexpr (kVector) {
+            *reinterpret_cast<uint4 *>(to) =
+                make_uint4(T::round2(sum[0], sum[1]), T::round2(sum[2], sum[3]),
+                           T::round2(sum[4], sum[5]), T::round2(sum[6], sum[7]));
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                if (i < count) to[i] = T::round(sum[i]);
+        }
+    }
+}
+
+#define MOE_COMBINE(name, type, vector)                                                            \
+    extern "C" __global__ void __launch_bounds__(MOE_COMBINE_THREADS)                              \
+        name(const __grid_constant__ moe_combine_args args)                                        \
+    {                                                                                              \
+        combine<type, vector>(args);                                                               \
+    }
+MOE_COMBINE(moe_combine_bf16, bf16, true)
+MOE_COMBINE(moe_combine_f16, f16, true)
+MOE_COMBINE(moe_combine_bf16_any, bf16, false)
+MOE_COMBINE(moe_combine_f16_any, f16, false)

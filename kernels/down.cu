@@ -1,0 +1,113 @@
+/* down.cu: rows[r] = topk_weights[slot(r)] * (intermediate[r] . w2[e]^T + w2_bias[e])       (stage 4 of 5)
+ * In     intermediate      [num_rows, I]               bf16, f16
+ *        w2                [num_experts, hidden_size, I]  the same dtype
+ *        w2_bias           [num_experts, hidden_size]  f32 or the same dtype, or NULL
+ *        topk_weights      [num_tokens, topk]          f32, bf16, f16, or NULL: weight 1
+ *        sorted_token_ids  row -> token * topk + slot
+ *        tiles, num_tiles  written by align
+ * Out    rows              [num_rows, hidden_size]     the same dtype, every row of a tile
+ * Math   f32, bias before weight, one rounding; bitwise repeatable
+ * Grid   MOE_GEMM_GRID(max_tiles, hidden_size, cols) blocks of MOE_GEMM_THREADS(wm, wn, wk);
+ *        dynamic shared memory MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)
+ * Needs  align == 16: I % 8 == 0 and 16-byte aligned rows of intermediate, w2 and rows
+ * Cost   as gate_up, and num_rows * hidden_size * 2 bytes written
+ *
+ * The first weights are asked for before the wait for gate_up: that only reads tiles, which align wrote
+ * and gate_up had waited for before it let this grid start. */
+#include "gemm_mma.cuh"
+
+// Phase 2 of the epilogue: a thread takes eight neighbouring columns of one row at a time.
+template <class Gemm>
+static __device__ __forceinline__ void write_rows(const typename Gemm::shared &smem,
+                                                  const typename Gemm::work &work,
+                                                  const moe_down_args &args)
+{
+    using T = typename Gemm::T;
+    using element = typename T::element;
+    constexpr int kRowGroups = Gemm::kCols / 8;
+    for (int32_t item = threadIdx.x; item < work.num_rows * kRowGroups; item += Gemm::kThreads) {
+        int32_t row = item / kRowGroups, group = item % kRowGroups;
+        int32_t col = work.col_begin + group * 8;
+        int32_t count = min(8, args.hidden_size - col);
+        if (count <= 0) continue;
+        float4 low = Gemm::read_sums(smem, row, group * 8);
+        float4 high = Gemm::read_sums(smem, row, group * 8 + 4);
+        float z[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        if (args.w2_bias) {
+            int64_t base = work.expert * args.w2_bias_stride + col;
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                if (i < count) z[i] += load_f32(args.w2_bias, base + i, args.w2_bias_dtype);
+        }
+        if (args.topk_weights) {
+            float weight = smem.row_weight[row];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) z[i] *= weight;
+        }
+        element *to = static_cast<element *>(args.rows) +
+                      (static_cast<int64_t>(work.row_begin) + row) * args.rows_stride + col;
+        if (Gemm::kVector && count == 8) {
+            *reinterpret_cast<uint4 *>(to) =
+                make_uint4(T::round2(z[0], z[1]), T::round2(z[2], z[3]), T::round2(z[4], z[5]),
+                           T::round2(z[6], z[7]));
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                if (i < count) to[i] = T::round(z[i]);
+        }
+    }
+}
+
+template <class Gemm>
+static __device__ __forceinline__ void down(const moe_down_args &args)
+{
+    using element = typename Gemm::element;
+    extern __shared__ __align__(128) unsigned char dynamic_shared[];
+    typename Gemm::shared &smem = *reinterpret_cast<typename Gemm::shared *>(dynamic_shared);
+
+    typename Gemm::work work =
+        Gemm::find_work(args.tiles, args.num_tiles, args.max_tiles, args.hidden_size);
+    if (work.num_rows == 0) {
+        grid_dependency_wait(); // a grid that did not wait would let the next one overtake gate_up
+        grid_launch_dependents();
+        return;
+    }
+    weight_rows rows;
+    rows.base = static_cast<const element *>(args.w2) + work.expert * args.w2_expert_stride;
+    rows.stride = args.w2_row_stride;
+    rows.num_cols = args.hidden_size;
+    rows.split = rows.gate_first = rows.up_first = 0;
+
+    int32_t num_steps = (args.intermediate_size + Gemm::kTileK - 1) / Gemm::kTileK;
+    typename Gemm::copier copy;
+    copy.set_weights(rows, work.col_begin, args.intermediate_size);
+    Gemm::prefetch_weights(smem, copy, num_steps);
+
+    const element *first = static_cast<const element *>(args.intermediate) +
+                           work.row_begin * args.intermediate_stride;
+    copy.set_tokens(work.num_rows, [&](int32_t r) { return first + r * args.intermediate_stride; });
+    grid_dependency_wait();
+    grid_launch_dependents();
+    if (args.topk_weights)
+        for (int32_t r = threadIdx.x; r < work.num_rows; r += Gemm::kThreads) {
+            int32_t slot = args.sorted_token_ids[work.row_begin + r];
+            int32_t token = slot / args.topk;
+            smem.row_weight[r] =
+                load_f32(args.topk_weights, token * args.weights_stride + slot - token * args.topk,
+                         args.weights_dtype);
+        }
+    Gemm::run(smem, copy, work.num_rows, num_steps);
+    write_rows<Gemm>(smem, work, args);
+}
+
+#define MOE_KERNEL_down(name, type, rows, cols, k, stages, wm, wn, wk, align)                      \
+    extern "C" __global__ void __launch_bounds__(MOE_GEMM_THREADS(wm, wn, wk), 1)                  \
+        name(const __grid_constant__ moe_down_args args)                                           \
+    {                                                                                              \
+        down<gemm_mma<type, rows, cols, k, stages, wm, wn, wk, align == 16>>(args);                \
+    }
+#define MOE_KERNEL_gate_up(...)
+#define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
+                         stages, wm, wn, wk, cluster, align)                                       \
+    MOE_KERNEL_##stage(name, act, rows, cols, k, stages, wm, wn, wk, align)
+#include "gemm_variants.def"

@@ -1,0 +1,84 @@
+/* ptx.cuh: every inline PTX instruction of the portable kernels, one wrapper each, named by its words.
+ *
+ * Shared-memory addresses are 32-bit (shared_address). Above each: what, the section of the PTX ISA,
+ * who calls. wgmma.cuh holds the instructions that only sm_90a has. */
+#ifndef MOE_PTX_CUH
+#define MOE_PTX_CUH
+
+#include <stdint.h>
+
+// A generic pointer into shared memory as the 32-bit address the instructions below take.
+__device__ __forceinline__ uint32_t shared_address(const void *pointer)
+{
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// clang-format off
+
+// cp.async, "cp.async": 16 bytes global -> shared past L1; only the first `bytes` (0 or 16) are read,
+// the rest of the 16 is zero. Each thread for itself.
+__device__ __forceinline__ void cp_async_16(uint32_t shared, const void *global, uint32_t bytes)
+{
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+                 :: "r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
+// cp.async.commit_group, "cp.async.commit_group": close this thread's group of copies.
+__device__ __forceinline__ void cp_async_commit()
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// cp.async.wait_group, "cp.async.wait_group": until at most kPending of this thread's groups are under way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait()
+{
+    asm volatile("cp.async.wait_group %0;" :: "n"(kPending) : "memory");
+}
+
+// ldmatrix .x4, "ldmatrix": four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8
+// of matrix l / 8. All lanes of a warp.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared) : "memory");
+}
+
+// mma.m16n8k16, "mma": d += a b^T, bf16 operands, f32 sums. All lanes of a warp.
+__device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// mma.m16n8k16, "mma": the same with f16 operands.
+__device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// griddepcontrol.wait, "griddepcontrol": until the grids before this one are complete and their writes
+// visible. Every thread, before it reads what they wrote and before it writes anything. Without
+// programmatic dependent launch (and below sm_90) there is nothing to wait for.
+__device__ __forceinline__ void grid_dependency_wait()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// griddepcontrol.launch_dependents, "griddepcontrol": the next grid may start (it waits by itself). Every
+// kernel calls it after its own wait, so that a later grid may rely on all but its direct predecessor.
+__device__ __forceinline__ void grid_launch_dependents()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// clang-format on
+
+#endif

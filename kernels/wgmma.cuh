@@ -1,0 +1,102 @@
+/* wgmma.cuh: the inline PTX that only sm_90a has: mbarrier, bulk tensor copies (TMA) and wgmma; one wrapper
+ * each, as in ptx.cuh. Shared operands are K-major tiles of 128-byte rows in the 128-byte swizzle, which a
+ * tensor map with CU_TENSOR_MAP_SWIZZLE_128B writes: groups of 8 rows (1024 bytes), 1024-byte aligned. */
+#ifndef MOE_WGMMA_CUH
+#define MOE_WGMMA_CUH
+
+#include "ptx.cuh"
+
+// A CUtensorMap, encoded by the host: cuda.h is no header of the kernels.
+struct alignas(64) tensor_map {
+    uint64_t opaque[16];
+};
+static_assert(sizeof(tensor_map) == 128, "as large as a CUtensorMap");
+
+// clang-format off
+
+// mbarrier.init, "mbarrier.init": `arrivals` arrivals complete a phase. One thread, before fence and barrier.
+__device__ __forceinline__ void mbarrier_init(uint32_t bar, uint32_t arrivals)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(arrivals) : "memory");
+}
+
+// fence.proxy.async, "membar / fence": what this thread wrote to shared memory (barriers too) is visible to
+// the copy engine and to wgmma. The thread that initialised the barriers.
+__device__ __forceinline__ void fence_proxy_async()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// mbarrier.arrive.expect_tx, "mbarrier.arrive": one arrival, and `bytes` more to come. The issuing thread.
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
+}
+
+// mbarrier.try_wait, "mbarrier.test_wait / try_wait": spin until phase parity completes. Any thread.
+__device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity)
+{
+    asm volatile("{\n"
+                 ".reg .pred done;\n"
+                 "wait: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra wait;\n"
+                 "}" :: "r"(bar), "r"(parity) : "memory");
+}
+
+// cp.async.bulk.tensor.2d, "cp.async.bulk.tensor": the map's box at (x, y) -> shared; its bytes (the whole box,
+// also where it hangs over the edge) count on bar. One thread.
+__device__ __forceinline__ void tensor_copy_2d(uint32_t shared, const tensor_map *map, int32_t x, int32_t y, uint32_t bar)
+{
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+                 :: "r"(shared), "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
+}
+
+// wgmma.fence, "wgmma.fence": registers and shared memory are in order before the first wgmma. The warpgroup.
+__device__ __forceinline__ void wgmma_fence()
+{
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+}
+
+// wgmma.commit_group, "wgmma.commit_group": close the group of wgmma under way. The warpgroup.
+__device__ __forceinline__ void wgmma_commit()
+{
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// wgmma.wait_group, "wgmma.wait_group": until at most kPending groups are under way. The warpgroup.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait()
+{
+    asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(kPending) : "memory");
+}
+
+// Matrix descriptor, "Matrix-Descriptor Format": K-major, 128-byte swizzle, 1024 bytes from 8 rows to the next 8.
+// K advances inside the 128-byte row by the address: 32 bytes for each k16 of a 16-bit type.
+__device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared)
+{
+    constexpr uint64_t kSwizzle128 = 1ull << 62, kGroupStride = (1024ull >> 4) << 32, kUnused = 1ull << 16;
+    return kSwizzle128 | kGroupStride | kUnused | ((shared & 0x3ffff) >> 4);
+}
+
+// wgmma.m64n64k16, "wgmma.mma_async": d += a b^T, bf16 operands in shared memory, f32 sums; scale_d == 0: d = a b^T.
+// Lane l of warp w has rows 16 w + l / 4 and + 8, columns 8 j + 2 (l % 4) and + 1: d[4 j .. 4 j + 3]. The warpgroup.
+__device__ __forceinline__ void wgmma_m64n64k16_bf16(float (&d)[32], uint64_t a, uint64_t b, int32_t scale_d)
+{
+    asm volatile("{\n"
+                 ".reg .pred p;\n"
+                 "setp.ne.b32 p, %34, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+                 "%32, %33, p, 1, 1, 0, 0;\n"
+                 "}"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+                   "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),
+                   "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+                   "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+                 : "l"(a), "l"(b), "r"(scale_d));
+}
+
+// clang-format on
+
+#endif
