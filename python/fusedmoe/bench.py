@@ -65,7 +65,7 @@ class Layer:
         backend, dtype = self.backend, DTYPES[self.dtype]
         calls, x, routings, out = self._calls(num_tokens)
         calls[0]()
-        report = self._check(x, routings[0], out)
+        report = self.check(x, routings[0], out)
         replay = backend.prepare(calls)
         if num_tokens >= LARGE and backend.name == "cuda":
             time.sleep(IDLE_SECONDS)
@@ -124,7 +124,8 @@ class Layer:
             calls.append(lambda weights=weights, tensors=tensors: call(weights, *tensors))
         return calls, x, routings, out
 
-    def _check(self, x, pair, out):
+    def check(self, x, pair, out):
+        """Holds the `out` of a call against the oracle on some tokens; RuntimeError if wrong."""
         chosen = sampled(x.shape[0])
         want, error = reference.fused_experts_error(x, *self.host, *pair, tokens=chosen)
         got = np.concatenate([np.asarray(self.backend.rows(out, t, t + 1)) for t in chosen])

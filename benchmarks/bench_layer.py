@@ -1,0 +1,62 @@
+"""The whole layer after routing on this machine's GPU: 7 bf16 models x 15 batch sizes.
+
+    python benchmarks/bench_layer.py                    all points -> results/<gpu>_layer.json
+    python benchmarks/bench_layer.py --case portable    the same -> results/<gpu>_portable.json
+    python benchmarks/bench_layer.py --quick            one model, four batch sizes
+
+Protocol and records: fusedmoe/bench.py. `--chip-stream-us` puts into the file what this very chip
+takes to stream the weights of qwen3_30b at 64 tokens, which tells a slow chip from a slow kernel.
+"""
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+
+from fusedmoe import bench
+from fusedmoe.backend import backend
+from fusedmoe.models import BF16_MODELS, TOKENS, add_arguments, chosen_points
+
+HERE = Path(__file__).resolve().parent
+FILES = {"uniform": "layer"}  # case -> file name, where they differ
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser, BF16_MODELS, TOKENS)
+    parser.add_argument("--case", default="uniform", choices=("uniform", "portable"))
+    parser.add_argument("--device", type=int, default=0, help="index of the GPU")
+    parser.add_argument("--json", type=Path, help="record file; default by GPU and case")
+    parser.add_argument("--chip-stream-us", type=float)
+    parser.add_argument("--commit", help="of the sources, where this copy of them has no git")
+    args = parser.parse_args()
+
+    gpu = backend("cuda", args.device)
+    models, tokens = chosen_points(args)
+    head = bench.header(gpu, HERE.parent, args.commit, args.chip_stream_us)
+    path = (
+        args.json
+        or HERE / "results" / f"{slug(head['gpu'])}_{FILES.get(args.case, args.case)}.json"
+    )
+    print(f"{gpu.text}, driver {head['driver']}, CUDA {head['cuda']}, commit {head['commit']}")
+    begin = time.perf_counter()
+
+    def save(records):
+        bench.write_records(path, head, records)
+
+    bench.run(gpu, models, tokens, args.dtype, args.case, save)
+    count = len(models) * len(tokens)
+    print(f"\n{count} points in {time.perf_counter() - begin:.0f} s -> {path.name}")
+
+
+def slug(gpu):
+    """ "NVIDIA H200" -> "h200"."""
+    words = re.findall(r"[a-z0-9]+", gpu.lower())
+    return "_".join(word for word in words if word not in ("nvidia", "geforce", "tesla"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
