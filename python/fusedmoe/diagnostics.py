@@ -23,7 +23,7 @@ _FRAMEWORKS = {
 # Every environment variable that the library reads at run time -> what it does.
 ENVIRONMENT = {
     "FUSEDMOE_NUM_THREADS": "threads of the CPU backend",
-    "FUSEDMOE_ISA": "highest instruction set of the CPU backend: scalar, avx2, avx512, avx512bf16",
+    "FUSEDMOE_CPU_ISA": "highest instruction set of the CPU backend: see csrc/cpu/simd.c",
     "FUSEDMOE_WORKSPACE_LIMIT": "bytes; a call that needs more is cut into chunks",
     "FUSEDMOE_CHECK": "1: the CPU backend raises on topk_ids out of range",
     "FUSEDMOE_SYNC": "1: synchronise after each kernel and name the one that failed",
