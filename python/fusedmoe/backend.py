@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 
 import numpy as np
 
@@ -105,14 +106,16 @@ class Gpu:
 
     def prepare(self, calls):
         """The calls back to back in one CUDA graph; an event before and one after each replay."""
-        for call in calls[:1]:
-            call()  # kernels are loaded and plans made outside of the capture
+        calls[0]()  # kernels are loaded and plans made outside of the capture
         _C._device_graph_begin(self.stream, self.index)
         try:
             for call in calls:
                 call()
-        finally:
-            graph = _C._device_graph_end(self.stream, self.index)
+        except BaseException:
+            with suppress(RuntimeError):  # the stream leaves the capture; what failed is told below
+                _C._device_graph_end(self.stream, self.index)
+            raise
+        graph = _C._device_graph_end(self.stream, self.index)
 
         def replay(replays):
             times = _C._device_graph_elapsed(graph, self.stream, replays, self.index)

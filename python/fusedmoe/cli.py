@@ -12,10 +12,7 @@ def main(argv=None):
     try:
         return args.run(args)
     except (ValueError, TypeError, NotImplementedError, RuntimeError, MemoryError) as error:
-        print(f"fusedmoe {args.command}: {error}", file=sys.stderr)
-        return 2
-    except ImportError as error:
-        print(f"fusedmoe {args.command}: {error}; pip install it", file=sys.stderr)
+        print(f"fusedmoe: {error}", file=sys.stderr)
         return 2
 
 

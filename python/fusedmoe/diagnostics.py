@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
 from importlib import metadata
 
 from . import _C
 from ._version import __version__
 
-# Framework -> distributions that provide it.
+# Framework -> (distributions that provide it, the door its tensors come in through).
 _FRAMEWORKS = {
-    "numpy": ("numpy",),
-    "ml_dtypes": ("ml_dtypes",),
-    "torch": ("torch",),
-    "jax": ("jax",),
-    "cupy": ("cupy", "cupy-cuda13x", "cupy-cuda12x"),
-    "transformers": ("transformers",),
+    "numpy": (("numpy",), "NumPy's C API"),
+    "ml_dtypes": (("ml_dtypes",), "bfloat16 of NumPy"),
+    "torch": (("torch",), "DLPack exchange table from 2.10, else __dlpack__"),
+    "jax": (("jax",), "__dlpack__, CPU only"),
+    "cupy": (("cupy", "cupy-cuda13x", "cupy-cuda12x"), "__dlpack__"),
 }
 
 # Every environment variable that the library reads at run time -> what it does.
@@ -45,7 +43,7 @@ def info():
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{key: value for key, value in _C.info().items() if key != "version"},
-        "frameworks": {name: _installed(names) for name, names in _FRAMEWORKS.items()},
+        "frameworks": {name: _installed(names) for name, (names, _) in _FRAMEWORKS.items()},
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
 
@@ -116,7 +114,8 @@ def _check_layer(backend, where, dtype):
             x, w13, w2, logits, sizes.topk, method="topk_softmax"
         )
         report = reference.compare(np.asarray(backend.get(out)), want, error)
-        case.update(ok=report.ok, message=report.message)
+        within = f"relative error {report.rel_rms:.2g}, at most {report.rel_rms_bound:.2g} allowed"
+        case.update(ok=report.ok, message=within if report.ok else report.message)
     except Exception as error:
         case["message"] = _one_line(error)
     return case
@@ -174,15 +173,20 @@ def _one_line(error):
 
 def print_info(stream=None):
     """`info` as text."""
-    stream = stream or sys.stdout
-    for key, value in info().items():
-        if key == "devices":
-            print(
-                "devices", *([f"  {line}" for line in value] or ["  none"]), sep="\n", file=stream
-            )
-        elif isinstance(value, dict):
+    facts = info()
+    facts["frameworks"] = {
+        name: f"{version} ({_FRAMEWORKS[name][1]})" if version else "-"
+        for name, version in facts["frameworks"].items()
+    }
+    facts["environment"] = {
+        f"{name}={facts['environment'].get(name, '')}": text for name, text in ENVIRONMENT.items()
+    }
+    for key, value in facts.items():
+        if isinstance(value, dict):
             print(key, file=stream)
             for name, item in value.items():
-                print(f"  {name:<24} {'-' if item is None else item}", file=stream)
+                print(f"  {name:<26} {item}", file=stream)
+        elif isinstance(value, (list, tuple)):
+            print(key, *([f"  {item}" for item in value] or ["  none"]), sep="\n", file=stream)
         else:
             print(f"{key:<12} {value}", file=stream)
