@@ -5,15 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 
+_ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
+
+
 def result_dtype(prototype_dtype, dtype_name):
     """The dtype of a result named `dtype_name` beside an array of `prototype_dtype`.
 
     Who gives bf16 as 16-bit integers gets 16-bit integers back: such a caller may not have
     ml_dtypes at all."""
     prototype_dtype = np.dtype(prototype_dtype)
-    if dtype_name == "bfloat16" or (dtype_name == "float16" and prototype_dtype.kind in "iu"):
-        if prototype_dtype.kind in "iu" and prototype_dtype.itemsize == 2:
-            return prototype_dtype
+    if prototype_dtype.kind in "iu" and prototype_dtype.itemsize == _ITEMSIZE.get(dtype_name):
+        return prototype_dtype
     if dtype_name == "bfloat16":
         import ml_dtypes
 
