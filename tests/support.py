@@ -253,7 +253,7 @@ GUARD_BYTE = 0xA5
 
 
 class Guarded:
-    """A contiguous tensor filled with one byte; `check` finds the guard zones around it unchanged."""
+    """A tensor filled with one byte, between guard zones that `check` finds unchanged."""
 
     def __init__(self, backend, shape, dtype, fill=0xFF, offset=0):
         dtype = np.dtype(dtype)

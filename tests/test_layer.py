@@ -245,7 +245,7 @@ def test_expert_map(backend, seed, rng, ids_dtype):
 
 
 def test_ranks_sum_to_the_whole_layer(backend, seed):
-    """Eight experts on one rank, or two each on four: the same, but for the rounding of the parts."""
+    """Eight experts on one rank, or two on each of four: the same but for the parts' rounding."""
     layer = make_layer(seed, 20, 48, 32, 8, 3, F16)
     want, error = layer.expected()
     total = np.zeros_like(want)
