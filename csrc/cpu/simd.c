@@ -1,0 +1,41 @@
+/* simd.c: which table of inner loops this machine runs. */
+#include "simd.h"
+
+#include <stdlib.h>
+
+#if MOE_SIMD_X86
+#include <cpuid.h>
+
+static int best_level(void)
+{
+    /* __builtin_cpu_supports also asks the operating system (XGETBV) whether it saves the registers. */
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return MOE_SIMD_SCALAR;
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C)) return MOE_SIMD_SCALAR;
+    if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+        !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+        return MOE_SIMD_AVX2;
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 5)) return MOE_SIMD_AVX512;
+    return MOE_SIMD_AVX512_BF16;
+}
+
+static const moe_simd *const TABLES[MOE_SIMD_COUNT] = {&moe_simd_scalar, &moe_simd_avx2,
+                                                       &moe_simd_avx512, &moe_simd_avx512_bf16};
+#else
+static int best_level(void)
+{
+    return MOE_SIMD_SCALAR;
+}
+
+static const moe_simd *const TABLES[1] = {&moe_simd_scalar};
+#endif
+
+const moe_simd *moe_get_simd(void)
+{
+    int level = best_level();
+    const char *name = getenv("FUSEDMOE_CPU_ISA");
+    for (int i = 0; name && i < level; ++i)
+        if (!strcmp(name, TABLES[i]->name)) level = i;
+    return TABLES[level];
+}

@@ -1,0 +1,42 @@
+/* simd_scalar.c: the table that always works: plain C, four lanes, whatever the compiler makes of it. */
+#define TARGET
+#define LANES                 4
+#define MAX_TOKENS            3
+#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
+#define LOAD_F16(p)           load_halves(p)
+#define STORE_F16(p, v)       store_halves(p, v)
+
+#include "simd.h"
+
+typedef float four_floats __attribute__((vector_size(16)));
+
+static inline four_floats load_halves(const void *p)
+{
+    return (four_floats){load_element(p, 0, MOE_F16), load_element(p, 1, MOE_F16),
+                         load_element(p, 2, MOE_F16), load_element(p, 3, MOE_F16)};
+}
+
+static inline void store_halves(void *p, four_floats v)
+{
+    uint16_t h[4] = {f32_to_f16(v[0]), f32_to_f16(v[1]), f32_to_f16(v[2]), f32_to_f16(v[3])};
+    memcpy(p, h, sizeof h);
+}
+
+#include "simd_vector.h"
+
+INLINE void reduce_tile(vf (*sum)[MOE_DOT_ROWS], int num_tokens, const moe_dot *dot)
+{
+    for (int t = 0; t < num_tokens; ++t)
+        for (int row = 0; row < MOE_DOT_ROWS; ++row) {
+            vf s = sum[t][row];
+            float total = (s[0] + s[2]) + (s[1] + s[3]);
+            float *c = dot->c + t * dot->c_stride + row;
+            *c = dot->accumulate ? *c + total : total;
+        }
+}
+
+const moe_simd moe_simd_scalar = {.name = "scalar",
+                                  .level = MOE_SIMD_SCALAR,
+                                  .step = {0, LANES, LANES, LANES},
+                                  .packed_element_bytes = {0, 4, 4, 4},
+                                  MOE_SIMD_FUNCTIONS};

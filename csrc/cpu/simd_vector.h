@@ -1,0 +1,473 @@
+/* simd_vector.h: the part of a table that is the same for every instruction set, written with the
+ * compiler's vector extension. Included once by each simd_*.c, which defines before:
+ *   LANES    floats per vector
+ *   TARGET   the function attribute that selects the instruction set, or nothing
+ *   LOAD_F16(p), STORE_F16(p, v)   vector <-> LANES halves in memory, any alignment
+ *   MULTIPLY_ADD(a, b, c)          a * b + c
+ *   MAX_TOKENS                     3 or 6: 4 * MAX_TOKENS accumulators have to fit the registers
+ *   NATIVE_BF16                    where it brings dot_bf16 and pack_bf16 of its own
+ * declares reduce_tile, and takes the functions below into its table (MOE_SIMD_FUNCTIONS). */
+#include "simd.h"
+
+#define INLINE static inline __attribute__((always_inline)) TARGET
+
+typedef float vf __attribute__((vector_size(LANES * 4)));
+typedef int32_t vi __attribute__((vector_size(LANES * 4)));
+typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
+typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
+
+/* Writes the sums over the lanes of sum[token][row] to C, or adds them. The order of the additions is
+ * the same for every num_tokens. */
+INLINE void reduce_tile(vf (*sum)[MOE_DOT_ROWS], int num_tokens, const moe_dot *dot);
+
+INLINE vf splat(float x)
+{
+    return x - (vf){0};
+}
+
+INLINE vf select_f(vi mask, vf yes, vf no)
+{
+    return (vf)((mask & (vi)yes) | (~mask & (vi)no));
+}
+
+/* Comparisons are false for NaN, so a NaN in x survives all three. */
+INLINE vf at_most(vf x, vf limit)
+{
+    return select_f(x > limit, limit, x);
+}
+INLINE vf at_least(vf x, vf limit)
+{
+    return select_f(x < limit, limit, x);
+}
+INLINE vf clamped(vf x, vf limit)
+{
+    return at_least(at_most(x, limit), -limit);
+}
+
+INLINE vf load_f32(const void *p)
+{
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store_f32(void *p, vf v)
+{
+    memcpy(p, &v, sizeof v);
+}
+
+INLINE vf load_bf16(const void *p)
+{
+    vh h;
+    memcpy(&h, p, sizeof h);
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+INLINE void store_bf16(void *p, vf v)
+{
+    vu bits = (vu)v;
+    vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    vu quiet = (bits >> 16) | 0x40u; /* rounding could carry a NaN into infinity */
+    vu is_nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
+    vh h = __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), vh);
+    memcpy(p, &h, sizeof h);
+}
+
+INLINE vf load_vector(const void *data, int64_t i, int32_t dtype)
+{
+    if (dtype == MOE_F32) return load_f32((const char *)data + i * 4);
+    if (dtype == MOE_BF16) return load_bf16((const char *)data + i * 2);
+    return LOAD_F16((const char *)data + i * 2);
+}
+
+INLINE void store_vector(void *data, int64_t i, vf v, int32_t dtype)
+{
+    if (dtype == MOE_F32)
+        store_f32((char *)data + i * 4, v);
+    else if (dtype == MOE_BF16)
+        store_bf16((char *)data + i * 2, v);
+    else
+        STORE_F16((char *)data + i * 2, v);
+}
+
+/* The last n < LANES elements of an array that ends there. */
+INLINE vf load_part(const void *data, int64_t i, int64_t n, int32_t dtype)
+{
+    char part[LANES * 4] = {0};
+    memcpy(part, (const char *)data + i * element_bytes(dtype), (size_t)(n * element_bytes(dtype)));
+    return load_vector(part, 0, dtype);
+}
+
+INLINE void store_part(void *data, int64_t i, int64_t n, vf v, int32_t dtype)
+{
+    char part[LANES * 4];
+    store_vector(part, 0, v, dtype);
+    memcpy((char *)data + i * element_bytes(dtype), part, (size_t)(n * element_bytes(dtype)));
+}
+
+INLINE vf load_up_to(const void *data, int64_t i, int64_t n, int32_t dtype)
+{
+    return n - i >= LANES ? load_vector(data, i, dtype) : load_part(data, i, n - i, dtype);
+}
+
+INLINE void store_up_to(void *data, int64_t i, int64_t n, vf v, int32_t dtype)
+{
+    if (n - i >= LANES)
+        store_vector(data, i, v, dtype);
+    else
+        store_part(data, i, n - i, v, dtype);
+}
+
+/* 2^n for -126 <= n <= 127 */
+INLINE vf power_of_two(vi n)
+{
+    return (vf)((n + 127) << 23);
+}
+
+/* e^x within 1.5 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, e^r by a polynomial whose own error is 3e-9
+ * (fitted by reweighted least squares). The scale 2^n is applied in two halves, so that results
+ * overflow to infinity and underflow through the denormals to 0. */
+INLINE vf exponential(vf x)
+{
+    const float round =
+        12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer in the low bits */
+    x = at_least(at_most(x, splat(89.0f)), splat(-104.0f));
+    vf shifted = x * 1.44269504f + round;
+    vi n = (vi)shifted - 0x4b400000;
+    vf whole = shifted - round;
+    vf r = x - whole * 0.693359375f; /* ln 2 in two parts, the first short enough to be exact */
+    r = r + whole * 2.12194440e-4f;
+    vf p = r * 0.0013813142431899905f + 0.008369418792426586f;
+    p = p * r + 0.04166845604777336f;
+    p = p * r + 0.16666515171527863f;
+    p = p * r + 0.4999999403953552f;
+    p = (p * (r * r) + r) + 1.0f;
+    vi half = n >> 1;
+    return p * power_of_two(half) * power_of_two(n - half);
+}
+
+/* x / (1 + e^-y): x * sigmoid(y) without the loss that 1 - e^.. would bring */
+INLINE vf times_sigmoid(vf x, vf y)
+{
+    return x / (1.0f + exponential(-y));
+}
+
+INLINE vf hyperbolic_tangent(vf x)
+{
+    vf magnitude = (vf)((vu)x & 0x7fffffffu), square = x * x;
+    vf small = square * -0.005648307502269745f + 0.020589817315340042f;
+    small = small * square - 0.05372512340545654f;
+    small = small * square + 0.13331274688243866f;
+    small = small * square - 0.33333274722099304f;
+    small = x + x * square * small;
+    vf e = exponential(-2.0f * magnitude);
+    vf large = (1.0f - e) / (1.0f + e);
+    large = (vf)((vu)large | ((vu)x & 0x80000000u));
+    return select_f(magnitude < 0.625f, small, large);
+}
+
+static TARGET void add_values(float *c, const void *values, int64_t n, int32_t dtype)
+{
+    for (int64_t i = 0; i < n; i += LANES)
+        store_f32(c + i, load_f32(c + i) + load_up_to(values, i, n, dtype));
+}
+
+static TARGET void scale_values(float *c, float factor, int64_t n)
+{
+    for (int64_t i = 0; i < n; i += LANES)
+        store_f32(c + i, load_f32(c + i) * factor);
+}
+
+static TARGET void round_values(void *out, const float *c, int64_t n, int32_t dtype)
+{
+    for (int64_t i = 0; i < n; i += LANES)
+        store_up_to(out, i, n, load_f32(c + i), dtype);
+}
+
+static TARGET void exp_minus(float *c, float maximum, int64_t n)
+{
+    for (int64_t i = 0; i < n; i += LANES)
+        store_f32(c + i, exponential(load_f32(c + i) - maximum));
+}
+
+INLINE vf silu(vf g, int32_t clamp, vf limit)
+{
+    if (clamp == MOE_CLAMP_BEFORE) g = at_most(g, limit);
+    g = times_sigmoid(g, g);
+    return clamp == MOE_CLAMP_AFTER ? at_most(g, limit) : g;
+}
+
+/* g * (1 + erf(g / sqrt 2)) / 2, as erfc so that the far negative side keeps its digits */
+INLINE vf gelu(vf g)
+{
+    float value[LANES];
+    memcpy(value, &g, sizeof g);
+    for (int i = 0; i < LANES; ++i)
+        value[i] = 0.5f * value[i] * erfcf(value[i] * -0.70710678f);
+    return load_f32(value);
+}
+
+/* One value of the activation (MOE_ACT_* in moe_kernels.h). activation is a constant where this is
+ * inlined; up is not read where not gated. */
+INLINE vf activation_value(vf g, vf u, int32_t activation, const moe_gate_up_args *args)
+{
+    const bool gated = args->gated;
+    const float alpha = args->activation_alpha, limit = args->activation_limit;
+    vf f;
+    switch (activation) {
+    case MOE_ACT_SILU: {
+        int32_t clamp = limit > 0 ? args->clamp : MOE_CLAMP_NONE;
+        f = silu(g, clamp, splat(limit));
+        if (clamp != MOE_CLAMP_NONE) u = clamped(u, splat(limit));
+        break;
+    }
+    case MOE_ACT_GELU:
+        f = gelu(g);
+        break;
+    case MOE_ACT_GELU_TANH: /* (1 + tanh z) / 2 = sigmoid(2 z) */
+        f = times_sigmoid(g, 1.5957691f * g * (1.0f + 0.044715f * g * g));
+        break;
+    case MOE_ACT_RELU2:
+        f = at_least(g, (vf){0});
+        f = f * f;
+        break;
+    case MOE_ACT_SWIGLU_OAI:
+        if (limit > 0) {
+            g = at_most(g, splat(limit));
+            u = clamped(u, splat(limit));
+        }
+        f = times_sigmoid(g, g * alpha);
+        u = u + 1.0f;
+        break;
+    default: /* MOE_ACT_SITU */
+        f = times_sigmoid(hyperbolic_tangent(g / alpha) * alpha, g);
+        if (limit > 0) u = hyperbolic_tangent(u / limit) * limit;
+        break;
+    }
+    return gated ? f * u : f;
+}
+
+#define ACTIVATE(activation)                                                                       \
+    case activation:                                                                               \
+        for (int64_t i = 0; i < n; i += LANES)                                                     \
+            store_f32(gate + i,                                                                    \
+                      activation_value(load_f32(gate + i), load_f32(up + i), activation, args));   \
+        break
+
+/* gate = f(gate, up); up may be gate where the activation is not gated. */
+static TARGET void activate(float *gate, const float *up, int64_t n, const moe_gate_up_args *args)
+{
+    switch (args->activation) {
+        ACTIVATE(MOE_ACT_SILU);
+        ACTIVATE(MOE_ACT_GELU);
+        ACTIVATE(MOE_ACT_GELU_TANH);
+        ACTIVATE(MOE_ACT_RELU2);
+        ACTIVATE(MOE_ACT_SWIGLU_OAI);
+    default:
+        ACTIVATE(MOE_ACT_SITU);
+    }
+}
+
+INLINE vf sum_vector(const void *const *rows, int num_rows, const void *shared, float scale,
+                     int64_t i, int64_t n, int32_t dtype)
+{
+    vf sum = {0};
+    for (int r = 0; r < num_rows; ++r)
+        sum += load_up_to(rows[r], i, n, dtype);
+    sum *= scale;
+    return shared ? sum + load_up_to(shared, i, n, dtype) : sum;
+}
+
+INLINE void sum_rows_of(void *out, const void *const *rows, int num_rows, const void *shared,
+                        float scale, int64_t n, int32_t dtype)
+{
+    int64_t i = 0;
+    for (; i + 4 * LANES <= n;
+         i += 4 * LANES) { /* four vectors keep the row pointers in use longer */
+        vf s0 = {0}, s1 = s0, s2 = s0, s3 = s0;
+        for (int r = 0; r < num_rows; ++r) {
+            s0 += load_vector(rows[r], i, dtype);
+            s1 += load_vector(rows[r], i + LANES, dtype);
+            s2 += load_vector(rows[r], i + 2 * LANES, dtype);
+            s3 += load_vector(rows[r], i + 3 * LANES, dtype);
+        }
+        s0 *= scale, s1 *= scale, s2 *= scale, s3 *= scale;
+        if (shared) {
+            s0 += load_vector(shared, i, dtype);
+            s1 += load_vector(shared, i + LANES, dtype);
+            s2 += load_vector(shared, i + 2 * LANES, dtype);
+            s3 += load_vector(shared, i + 3 * LANES, dtype);
+        }
+        store_vector(out, i, s0, dtype);
+        store_vector(out, i + LANES, s1, dtype);
+        store_vector(out, i + 2 * LANES, s2, dtype);
+        store_vector(out, i + 3 * LANES, s3, dtype);
+    }
+    for (; i < n; i += LANES)
+        store_up_to(out, i, n, sum_vector(rows, num_rows, shared, scale, i, n, dtype), dtype);
+}
+
+static TARGET void sum_rows(void *out, const void *const *rows, int num_rows, const void *shared,
+                            float scale, int64_t n, int32_t dtype)
+{
+    if (dtype == MOE_BF16)
+        sum_rows_of(out, rows, num_rows, shared, scale, n, MOE_BF16);
+    else if (dtype == MOE_F16)
+        sum_rows_of(out, rows, num_rows, shared, scale, n, MOE_F16);
+    else
+        sum_rows_of(out, rows, num_rows, shared, scale, n, MOE_F32);
+}
+
+static TARGET uint32_t read_bytes(const void *data, int64_t n)
+{
+    const char *p = data;
+    vu sum = {0};
+    for (int64_t i = 0; i < n; i += 256) {
+        __builtin_prefetch(p + i + 4096);
+        __builtin_prefetch(p + i + 4096 + 64);
+        __builtin_prefetch(p + i + 4096 + 128);
+        __builtin_prefetch(p + i + 4096 + 192);
+        for (int j = 0; j < 256; j += LANES * 4)
+            sum |= (vu)load_f32(p + i + j);
+    }
+    uint32_t total = 0;
+    for (int i = 0; i < LANES; ++i)
+        total |= sum[i];
+    return total;
+}
+
+/* Packs token rows of 2- or 4-byte elements as f32, step elements of K at a time. */
+INLINE void pack_as_f32(void *packed, const void *const *rows, int num_rows, int64_t k, int step,
+                        int32_t dtype)
+{
+    float *to = packed;
+    for (int64_t i = 0; i < k; i += step)
+        for (int r = 0; r < num_rows; ++r, to += step)
+            for (int j = 0; j < step; j += LANES)
+                store_f32(to + j, i + j < k ? load_up_to(rows[r], i + j, k, dtype) : (vf){0});
+}
+
+/* Packs token rows without conversion. */
+INLINE void pack_bytes(void *packed, const void *const *rows, int num_rows, int64_t bytes, int step)
+{
+    char *to = packed;
+    int64_t i = 0;
+    for (; i + step <= bytes; i += step)
+        for (int r = 0; r < num_rows; ++r, to += step)
+            memcpy(to, (const char *)rows[r] + i, (size_t)step);
+    if (i == bytes) return;
+    for (int r = 0; r < num_rows; ++r, to += step) {
+        memset(to, 0, (size_t)step);
+        memcpy(to, (const char *)rows[r] + i, (size_t)(bytes - i));
+    }
+}
+
+/* The dot tile with f32 operands: weights are widened as they are loaded, once for all tokens of the
+ * tile. One accumulator per output element whatever num_tokens is, so that results do not depend on it. */
+INLINE void dot_tile(const moe_dot *dot, int num_tokens, int32_t dtype)
+{
+    const int64_t width = dtype == MOE_F32 ? 4 : 2;
+    const char *w0 = dot->w[0], *w1 = dot->w[1], *w2 = dot->w[2], *w3 = dot->w[3];
+    const char *prefetch = dot->prefetch;
+    const int num_prefetch = dot->num_prefetch;
+    const int64_t prefetch_stride = dot->prefetch_stride;
+    const float *x = dot->x;
+    vf sum[MAX_TOKENS][MOE_DOT_ROWS];
+#pragma GCC unroll 8
+    for (int t = 0; t < num_tokens; ++t)
+        sum[t][0] = sum[t][1] = sum[t][2] = sum[t][3] = (vf){0};
+
+    int64_t k = 0;
+    for (; k + LANES <= dot->k; k += LANES, x += num_tokens * LANES) {
+        vf a = load_vector(w0, k, dtype), b = load_vector(w1, k, dtype);
+        vf c = load_vector(w2, k, dtype), d = load_vector(w3, k, dtype);
+#pragma GCC unroll 8
+        for (int t = 0; t < num_tokens; ++t) {
+            vf y = load_f32(x + t * LANES);
+            sum[t][0] = MULTIPLY_ADD(a, y, sum[t][0]);
+            sum[t][1] = MULTIPLY_ADD(b, y, sum[t][1]);
+            sum[t][2] = MULTIPLY_ADD(c, y, sum[t][2]);
+            sum[t][3] = MULTIPLY_ADD(d, y, sum[t][3]);
+        }
+        for (int i = 0; i < num_prefetch; ++i)
+            __builtin_prefetch(prefetch + i * prefetch_stride + k * width);
+    }
+    if (k < dot->k) {
+        vf a = load_part(w0, k, dot->k - k, dtype), b = load_part(w1, k, dot->k - k, dtype);
+        vf c = load_part(w2, k, dot->k - k, dtype), d = load_part(w3, k, dot->k - k, dtype);
+#pragma GCC unroll 8
+        for (int t = 0; t < num_tokens; ++t) {
+            vf y = load_f32(x + t * LANES);
+            sum[t][0] = MULTIPLY_ADD(a, y, sum[t][0]);
+            sum[t][1] = MULTIPLY_ADD(b, y, sum[t][1]);
+            sum[t][2] = MULTIPLY_ADD(c, y, sum[t][2]);
+            sum[t][3] = MULTIPLY_ADD(d, y, sum[t][3]);
+        }
+    }
+    reduce_tile(sum, num_tokens, dot);
+}
+
+/* num_tokens becomes a constant, so that the accumulators live in registers. */
+INLINE void dot_tile_tokens(const moe_dot *dot, int num_tokens, int32_t dtype)
+{
+    switch (num_tokens) {
+#if MAX_TOKENS > 3
+    case 6:
+        dot_tile(dot, 6, dtype);
+        break;
+    case 5:
+        dot_tile(dot, 5, dtype);
+        break;
+    case 4:
+        dot_tile(dot, 4, dtype);
+        break;
+#endif
+    case 3:
+        dot_tile(dot, 3, dtype);
+        break;
+    case 2:
+        dot_tile(dot, 2, dtype);
+        break;
+    default:
+        dot_tile(dot, 1, dtype);
+    }
+}
+
+static TARGET void dot_f32(const moe_dot *dot, int num_tokens)
+{
+    dot_tile_tokens(dot, num_tokens, MOE_F32);
+}
+
+static TARGET void dot_f16(const moe_dot *dot, int num_tokens)
+{
+    dot_tile_tokens(dot, num_tokens, MOE_F16);
+}
+
+static TARGET void pack_f32(void *packed, const void *const *rows, int num_rows, int64_t k)
+{
+    pack_as_f32(packed, rows, num_rows, k, LANES, MOE_F32);
+}
+
+static TARGET void pack_f16(void *packed, const void *const *rows, int num_rows, int64_t k)
+{
+    pack_as_f32(packed, rows, num_rows, k, LANES, MOE_F16);
+}
+
+#ifndef NATIVE_BF16
+static TARGET void dot_bf16(const moe_dot *dot, int num_tokens)
+{
+    dot_tile_tokens(dot, num_tokens, MOE_BF16);
+}
+
+static TARGET void pack_bf16(void *packed, const void *const *rows, int num_rows, int64_t k)
+{
+    pack_as_f32(packed, rows, num_rows, k, LANES, MOE_BF16);
+}
+#endif
+
+/* The entries of a table that this file brings. */
+#define MOE_SIMD_FUNCTIONS                                                                         \
+    .max_tokens = MAX_TOKENS, .pack = {0, pack_f32, pack_bf16, pack_f16},                          \
+    .dot = {0, dot_f32, dot_bf16, dot_f16}, .add = add_values, .scale = scale_values,              \
+    .activate = activate, .round = round_values, .sum_rows = sum_rows, .exp_minus = exp_minus,     \
+    .read = read_bytes
