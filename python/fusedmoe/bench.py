@@ -242,7 +242,7 @@ def header(backend, root=None, commit=None, chip_stream_us=None):
     if backend.name == "cuda":
         facts = _C.info()
         gpu = facts["devices"][backend.index]["name"]
-        driver, cuda = driver_version(), _dotted(facts["driver"])
+        driver, cuda = driver_version(), _dotted(facts["cuda_version"])
     return {
         "gpu": gpu,
         "driver": driver,
@@ -266,10 +266,8 @@ def driver_version():
 
 
 def _dotted(version):
-    """13000 -> "13.0"; a string stays."""
-    if isinstance(version, int):
-        return f"{version // 1000}.{version % 1000 // 10}"
-    return version or ""
+    """13000 -> "13.0"."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def source_commit(root):

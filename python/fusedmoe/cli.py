@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 
@@ -14,6 +15,9 @@ def main(argv=None):
     except (ValueError, TypeError, NotImplementedError, RuntimeError, MemoryError) as error:
         print(f"fusedmoe: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head`: whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _parser():

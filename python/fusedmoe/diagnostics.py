@@ -35,14 +35,16 @@ def info():
 
     Returns:
         dict: version, python, platform; what the extension says of itself (cpu, cuda_built, driver,
-        devices, kernels); frameworks {name: version, or None where not installed}; environment
+        devices, kernels); driver_needed; frameworks {name: version, or None where not installed}; environment
         {variable: value}, those that are set.
     """
+    native = {key: value for key, value in _C.info().items() if key != "version"}
     return {
         "version": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **{key: value for key, value in _C.info().items() if key != "version"},
+        **native,
+        "driver_needed": _driver_needed(native["cuda_version"]) if native["cuda_built"] else None,
         "frameworks": {name: _installed(names) for name, (names, _) in _FRAMEWORKS.items()},
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
@@ -150,6 +152,14 @@ def _verdict(ok, cases):
     return "\n".join(lines)
 
 
+def _driver_needed(cuda_version):
+    """The oldest GPU driver that loads code of this CUDA version."""
+    for least, driver in ((13000, "580"), (12090, "575"), (12080, "570")):
+        if cuda_version >= least:
+            return driver
+    return None
+
+
 def _device_count():
     try:
         count = _C.device_count()
@@ -186,7 +196,9 @@ def print_info(stream=None):
             print(key, file=stream)
             for name, item in value.items():
                 print(f"  {name:<26} {item}", file=stream)
-        elif isinstance(value, (list, tuple)):
+        elif key == "kernels":
+            print(f"{key:<13} {len(value)} GEMM variants", file=stream)
+        elif isinstance(value, list):
             print(key, *([f"  {item}" for item in value] or ["  none"]), sep="\n", file=stream)
         else:
-            print(f"{key:<12} {value}", file=stream)
+            print(f"{key:<13} {'-' if value is None else value}", file=stream)

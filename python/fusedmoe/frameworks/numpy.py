@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 
-
 _ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
