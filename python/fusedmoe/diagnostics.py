@@ -35,8 +35,8 @@ def info():
 
     Returns:
         dict: version, python, platform; what the extension says of itself (cpu, cuda_built, driver,
-        devices, kernels); driver_needed; frameworks {name: version, or None where not installed}; environment
-        {variable: value}, those that are set.
+        devices, kernels); driver_needed; frameworks {name: version, or None where not installed};
+        environment {variable: value}, those that are set.
     """
     native = {key: value for key, value in _C.info().items() if key != "version"}
     return {
