@@ -89,6 +89,8 @@ class Gpu:
         tensor = GpuTensor(array.shape, array.dtype.name, self.index)
         if array.nbytes:
             tensor.buffer.copy_from(np.ascontiguousarray(array))
+            # The copy may still be on its way, and the private stream does not wait for it.
+            _C._device_synchronize(self.index)
         return tensor
 
     def empty(self, shape, dtype):
