@@ -534,7 +534,7 @@ static PyObject *device_graph_launch(PyObject *module, PyObject *const *args, Py
     PyObject *values[MAX_PARAMETERS];
     moe_error err;
     int32_t device;
-    void *stream, *graph;
+    void *stream = NULL, *graph = NULL;
     error_clear(&err);
     PyObject *const *v = parse_arguments(PyModule_GetState(module), SIG_DEVICE_GRAPH, args, nargs,
                                          kwnames, values, &err);
@@ -555,7 +555,7 @@ static PyObject *device_graph_elapsed(PyObject *module, PyObject *const *args, P
     PyObject *values[MAX_PARAMETERS];
     moe_error err;
     int32_t device, replays = 0;
-    void *stream, *graph;
+    void *stream = NULL, *graph = NULL;
     error_clear(&err);
     PyObject *const *v = parse_arguments(PyModule_GetState(module), SIG_DEVICE_ELAPSED, args, nargs,
                                          kwnames, values, &err);
