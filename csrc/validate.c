@@ -37,7 +37,7 @@ static void shape_text(const int64_t *shape, int32_t ndim, char *text, size_t si
     if (used < size) snprintf(text + used, size - used, "]");
 }
 
-static void dtypes_text(const int32_t *dtypes, char *text, size_t size)
+static const char *dtypes_text(const int32_t *dtypes, char *text, size_t size)
 {
     size_t used = 0;
     text[0] = 0;
@@ -47,6 +47,7 @@ static void dtypes_text(const int32_t *dtypes, char *text, size_t size)
                              moe_dtype_name(dtypes[i]));
         used += wrote > 0 ? (size_t)wrote : 0;
     }
+    return text;
 }
 
 static int64_t num_elements(const moe_tensor *t)
@@ -56,28 +57,29 @@ static int64_t num_elements(const moe_tensor *t)
     return count;
 }
 
-/* kind, dtype, rank, extents, strides, element alignment, read-only */
+/* kind, dtype, rank, extents, strides, element alignment, read-only. Texts are made where a check fails
+ * only: ten tensors of a call that is right have to cost nanoseconds. */
 static int check_tensor(const expectation *want, moe_error *err)
 {
     const moe_tensor *t = want->tensor;
     char got[TEXT], dtypes[TEXT];
-    dtypes_text(want->dtypes, dtypes, sizeof dtypes);
-    moe_tensor_text(t, got, sizeof got);
     if (!tensor_present(t))
-        return moe_fail(err, MOE_ERROR_TYPE, "%s: expected a %s tensor %s, got None", want->name, dtypes,
-                        want->shape_text);
+        return moe_fail(err, MOE_ERROR_TYPE, "%s: expected a %s tensor %s, got None", want->name,
+                        dtypes_text(want->dtypes, dtypes, sizeof dtypes), want->shape_text);
     bool known = false;
     for (int i = 0; i < 3; ++i) known |= want->dtypes[i] != MOE_DTYPE_NONE && t->dtype == want->dtypes[i];
-    if (!known) return moe_fail(err, MOE_ERROR_TYPE, "%s: expected dtype %s, got %s", want->name, dtypes, got);
+    if (!known)
+        return moe_fail(err, MOE_ERROR_TYPE, "%s: expected dtype %s, got %s", want->name,
+                        dtypes_text(want->dtypes, dtypes, sizeof dtypes), moe_tensor_text(t, got, sizeof got));
     if (t->ndim != want->ndim)
         return moe_fail(err, MOE_ERROR_VALUE, "%s: expected %d dimensions %s, got %s", want->name, want->ndim,
-                        want->shape_text, got);
+                        want->shape_text, moe_tensor_text(t, got, sizeof got));
     for (int i = 0; i < t->ndim; ++i) {
         if (want->shape[i] >= 0 && t->shape[i] != want->shape[i]) {
             char expected[TEXT];
             shape_text(want->shape, want->ndim, expected, sizeof expected);
             return moe_fail(err, MOE_ERROR_VALUE, "%s: expected shape %s (%s), got %s", want->name, expected,
-                            want->shape_text, got);
+                            want->shape_text, moe_tensor_text(t, got, sizeof got));
         }
     }
     if (num_elements(t) == 0) return MOE_OK;
@@ -86,16 +88,18 @@ static int check_tensor(const expectation *want, moe_error *err)
         if (t->shape[i] > 1 && t->stride[i] < 0)
             return moe_fail(err, MOE_ERROR_VALUE, "%s: expected strides of at least 0, got %" PRId64 " in dimension %d",
                             want->name, t->stride[i], i);
-        if (t->shape[i] > 1 && t->stride[i] > INT64_MAX / 16 / t->shape[i])
+        int64_t span; /* a division would cost more than all of this */
+        if (t->shape[i] > 1 && (__builtin_mul_overflow(t->stride[i], t->shape[i], &span) || span > INT64_MAX / 16))
             return moe_fail(err, MOE_ERROR_VALUE, "%s: stride %" PRId64 " times extent %" PRId64 " overflows 64 bits",
                             want->name, t->stride[i], t->shape[i]);
     }
     int last = t->ndim - 1;
     if (t->shape[last] > 1 && t->stride[last] != 1)
         return moe_fail(err, MOE_ERROR_VALUE, "%s: expected a last dimension of stride 1, got stride %" PRId64 " (%s)",
-                        want->name, t->stride[last], got);
-    if (t->data == NULL) return moe_fail(err, MOE_ERROR_VALUE, "%s: expected memory, got a null pointer (%s)", want->name, got);
-    if ((uintptr_t)t->data % (uintptr_t)bytes)
+                        want->name, t->stride[last], moe_tensor_text(t, got, sizeof got));
+    if (t->data == NULL) return moe_fail(err, MOE_ERROR_VALUE, "%s: expected memory, got a null pointer (%s)", want->name,
+                                              moe_tensor_text(t, got, sizeof got));
+    if ((uintptr_t)t->data & (uintptr_t)(bytes - 1)) /* every size is a power of two */
         return moe_fail(err, MOE_ERROR_VALUE, "%s: expected data aligned to its element size of %" PRId64
                         " bytes, got address modulo %" PRId64 " = %d", want->name, bytes, bytes,
                         (int)((uintptr_t)t->data % (uintptr_t)bytes));
