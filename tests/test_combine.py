@@ -22,7 +22,7 @@ def check(backend, seed, rows, row_of_slot, *, scale=None, shared_output=None, p
     out = Guarded(backend, (row_of_slot.shape[0], rows.shape[1]), rows.dtype, fill)
     result = fusedmoe.combine(
         put(rows),
-        put(row_of_slot),
+        backend.put(row_of_slot),
         routed_scaling_factor=scale,
         shared_output=None if shared_output is None else put(shared_output),
         out=out.tensor,

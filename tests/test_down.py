@@ -16,13 +16,13 @@ def random_intermediate(layer):
     return rows.astype(layer.dtype)
 
 
-def down(backend, layer, intermediate, *, weighted=True, **replaced):
+def down(backend, layer, values, *, weighted=True, **replaced):
     offsets, sorted_token_ids, _ = reference.align(layer.topk_ids, layer.w2.shape[0])
     num_slots, num_rows = layer.topk_ids.size, int(offsets[-1])
     padded_ids = np.full(num_slots, 2**31 - 1, np.int32)
     padded_ids[:num_rows] = sorted_token_ids
     tensors = {
-        "intermediate": intermediate,
+        "intermediate": values,
         "w2": layer.w2,
         "expert_offsets": offsets,
         "sorted_token_ids": padded_ids,
@@ -43,10 +43,10 @@ def down(backend, layer, intermediate, *, weighted=True, **replaced):
 
 
 def check(backend, layer, *, weighted=True, **replaced):
-    intermediate = random_intermediate(layer)
-    got = down(backend, layer, intermediate, weighted=weighted, **replaced)
+    values = random_intermediate(layer)
+    got = down(backend, layer, values, weighted=weighted, **replaced)
     offsets, sorted_token_ids, _ = reference.align(layer.topk_ids, layer.w2.shape[0])
-    args = intermediate, layer.w2, offsets, sorted_token_ids, layer.topk_ids.shape[1]
+    args = values, layer.w2, offsets, sorted_token_ids, layer.topk_ids.shape[1]
     kwargs = {
         "topk_weights": layer.topk_weights if weighted else None,
         "w2_bias": layer.options.get("w2_bias"),

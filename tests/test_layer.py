@@ -527,49 +527,6 @@ def test_deterministic_false_is_accepted(backend, seed):
 
 
 # -------------------------------------------------------------------------------------------------
-# Chunks
-# -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"no_combine": "weighted"},
-        {"shared_output": True, "routed_scaling_factor": 0.5},
-        {"apply_router_weight_on_input": True},
-        {"routing": "dropped", "ids_dtype": np.int64},
-    ],
-    ids=lambda o: "-".join(o) or "plain",
-)
-def test_chunks(backend, seed, monkeypatch, options):
-    """A small workspace cuts the tokens into chunks; out is the same, in place too."""
-    layer = make_layer(seed, 300, 64, 48, 4, 2, **options)
-    whole = run_layer(backend, layer)
-    needed = workspace_bytes(backend, layer)
-    monkeypatch.setenv("FUSEDMOE_WORKSPACE_LIMIT", str(needed // 3))
-    assert workspace_bytes(backend, layer) <= needed // 3
-    chunked = check_layer(backend, layer)
-    assert chunked.shape == whole.shape
-    if not layer.options.get("no_combine"):
-        tensors, keywords = put_layer(backend, layer)
-        x = tensors["hidden_states"]
-        fused_experts(**tensors, **keywords, out=x)
-        assert same_bits(backend.get(x), chunked)
-
-
-def test_chunks_of_routed_layers(backend, seed, rng, monkeypatch):
-    layer = make_layer(seed, 200, 64, 48, 8, 2)
-    logits = rng.standard_normal((200, 8)).astype(BF16)
-    tensors, options = put_layer(backend, layer)
-    args = tensors["hidden_states"], tensors["w13"], tensors["w2"], backend.put(logits)
-    monkeypatch.setenv("FUSEDMOE_WORKSPACE_LIMIT", str(workspace_bytes(backend, layer) // 4))
-    got = backend.get(fused_moe(*args, routing=Routing(2, method="topk_softmax"), **options))
-    want, error = reference.fused_moe_error(layer.hidden_states, layer.w13, layer.w2, logits, 2)
-    assert_close(got, want, error, seed=seed)
-
-
-# -------------------------------------------------------------------------------------------------
 # fused_moe
 # -------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
-"""Random calls: each either matches the oracle or raises one of the five exception types, and a call
-without a fault in it matches.
+"""Random calls: each either matches the oracle or raises one of the five exception types, and a
+call without a fault in it matches.
 
 500 cases by default, FUSEDMOE_PROPERTY_CASES for more (5000 in a long run).
 """
@@ -139,7 +139,7 @@ def check_faulty(backend, layer, padding, fault, name):
     except ERRORS as error:
         assert type(error) in ERRORS and str(error)
         return
-    # Not a fault in this call after all (one column less of one column ...): then it has to be right.
+    # Not a fault in this call after all (every second of one column): then it has to be right.
     arrays = {n: backend.get(kwargs[n]) for n in TENSORS}
     want, error = reference.fused_experts_error(**arrays, **layer.options)
     assert_close(got, want, error, seed=layer.seed)

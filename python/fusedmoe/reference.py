@@ -688,8 +688,11 @@ def compare(got, want, error, *, name="out"):
     at = tuple(int(i) for i in at)
     norm = math.sqrt(float(np.sum(np.where(used, want, 0) ** 2)))
     rms = math.sqrt(float(np.sum(distance**2)))
-    # Half again over the expected norm, and room for chance where there are few roundings.
-    allowed = (1.5 + 3 / math.sqrt(error.freedom)) * math.sqrt(
+    # Half again over the expected norm, and room for chance where there are few roundings: numbers
+    # that occur often, such as a clamp's limit, are rounded to the same side every time.
+    _, counts = np.unique(np.where(used, want, 0), return_counts=True)
+    distinct = want.size**2 / float(np.sum(counts.astype(np.float64) ** 2))
+    allowed = (1.5 + 3 / math.sqrt(min(error.freedom, distinct))) * math.sqrt(
         float(np.sum(np.where(used, error.variance, 0)))
     )
     worst = float(ratio[at])
