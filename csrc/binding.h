@@ -130,6 +130,9 @@ int parse_int(const char *name, PyObject *object, int64_t by_default, int64_t *v
               moe_error *err);
 int parse_int32(const char *name, PyObject *object, int32_t by_default, int32_t *value,
                 moe_error *err);
+/* The same for a parameter that has no default: None is not a number. */
+int parse_count(const char *name, PyObject *object, int64_t *value, moe_error *err);
+int parse_count32(const char *name, PyObject *object, int32_t *value, moe_error *err);
 int parse_activation(module_state *state, PyObject *object, int32_t *value, moe_error *err);
 int parse_clamp(module_state *state, PyObject *object, int32_t *value, moe_error *err);
 int parse_order(module_state *state, PyObject *object, int32_t *value, moe_error *err);

@@ -103,7 +103,7 @@ done:
 static int parse_routing(call_frame *f, PyObject *topk, PyObject *method, PyObject *scale)
 {
     moe_options *o = &f->call.options;
-    if (parse_int("topk", topk, 0, &o->topk, &f->err) ||
+    if (parse_count("topk", topk, &o->topk, &f->err) ||
         parse_method(f->state, method, &o->method, &f->err) ||
         parse_double("routing_scale", scale, 1.0, &o->routing_scale, &f->err))
         return f->err.status;
@@ -176,7 +176,7 @@ static PyObject *py_align(PyObject *module, PyObject *const *args, Py_ssize_t na
     if (v == NULL) goto done;
     stream = v[8];
     c->options.has_expert_start = v[3] != Py_None;
-    if (parse_int("num_experts", v[1], 0, &c->num_experts, &f.err)) goto done;
+    if (parse_count("num_experts", v[1], &c->num_experts, &f.err)) goto done;
     if (parse_int("expert_start", v[3], 0, &c->options.expert_start, &f.err)) goto done;
     if (call_prototype(&f, v[0], "topk_ids", &c->topk_ids)) goto done;
     if (call_tensor(&f, v[2], "expert_map", &c->expert_map)) goto done;
@@ -203,7 +203,7 @@ static PyObject *py_gate_up(PyObject *module, PyObject *const *args, Py_ssize_t 
     PyObject *const *v = parse_arguments(state, SIG_GATE_UP, args, nargs, kwnames, values, &f.err);
     if (v == NULL) goto done;
     stream = v[15];
-    if (parse_int("topk", v[4], 0, &o->topk, &f.err)) goto done;
+    if (parse_count("topk", v[4], &o->topk, &f.err)) goto done;
     if (parse_activation(state, v[7], &o->activation, &f.err)) goto done;
     if (parse_optional_double("activation_alpha", v[8], &o->has_alpha, &o->activation_alpha,
                               &f.err))
@@ -240,7 +240,7 @@ static PyObject *py_down(PyObject *module, PyObject *const *args, Py_ssize_t nar
     PyObject *const *v = parse_arguments(state, SIG_DOWN, args, nargs, kwnames, values, &f.err);
     if (v == NULL) goto done;
     stream = v[9];
-    if (parse_int("topk", v[4], 0, &c->options.topk, &f.err)) goto done;
+    if (parse_count("topk", v[4], &c->options.topk, &f.err)) goto done;
     if (parse_dtype(state, v[10], &f.dtype, &f.err)) goto done;
     if (call_prototype(&f, v[0], "intermediate", &c->intermediate)) goto done;
     if (call_numbers(&f, v[1], "w2", &c->w2)) goto done;
@@ -286,11 +286,11 @@ static int parse_problem(module_state *state, PyObject *const *v, moe_problem *p
 {
     memset(p, 0, sizeof *p);
     *backend = MOE_CUDA;
-    if (parse_int("num_tokens", v[0], 0, &p->num_tokens, err) ||
-        parse_int32("hidden_size", v[1], 0, &p->hidden_size, err) ||
-        parse_int32("intermediate_size", v[2], 0, &p->intermediate_size, err) ||
-        parse_int32("num_experts", v[3], 0, &p->num_experts, err) ||
-        parse_int32("topk", v[4], 0, &p->topk, err) || parse_dtype(state, v[5], &p->dtype, err) ||
+    if (parse_count("num_tokens", v[0], &p->num_tokens, err) ||
+        parse_count32("hidden_size", v[1], &p->hidden_size, err) ||
+        parse_count32("intermediate_size", v[2], &p->intermediate_size, err) ||
+        parse_count32("num_experts", v[3], &p->num_experts, err) ||
+        parse_count32("topk", v[4], &p->topk, err) || parse_dtype(state, v[5], &p->dtype, err) ||
         parse_backend(state, v[6], backend, err) || parse_int32("num_sms", v[7], 0, num_sms, err) ||
         parse_bool("gated", v[8], 1, &p->gated, err) ||
         parse_no_combine(state, v[9], &p->combine, err) ||

@@ -309,6 +309,18 @@ int parse_int32(const char *name, PyObject *object, int32_t by_default, int32_t 
     return MOE_OK;
 }
 
+int parse_count(const char *name, PyObject *object, int64_t *value, moe_error *err)
+{
+    if (object == Py_None) return fail_kind(name, "an integer", object, err);
+    return parse_int(name, object, 0, value, err);
+}
+
+int parse_count32(const char *name, PyObject *object, int32_t *value, moe_error *err)
+{
+    if (object == Py_None) return fail_kind(name, "an integer", object, err);
+    return parse_int32(name, object, 0, value, err);
+}
+
 /* ---- the layer's keywords ---------------------------------------------------------------------------- */
 
 static int refuse_quantised(PyObject *const *kw, moe_error *err)

@@ -183,6 +183,13 @@ static int32_t vector_bytes(const moe_tensor *t, int32_t so_far)
     return aligned ? so_far : (int32_t)bytes;
 }
 
+/* The same for an output of `columns` elements a row: the caller's tensor, or a compact one still to be allocated. */
+static int32_t out_vector_bytes(const moe_tensor *out, int64_t columns, int32_t dtype, int32_t so_far)
+{
+    int64_t bytes = moe_dtype_bytes(dtype);
+    return tensor_present(out) ? vector_bytes(out, so_far) : columns * bytes % 16 ? (int32_t)bytes : so_far;
+}
+
 static int check_activation(const moe_options *o, moe_error *err)
 {
     static const char *const NAMES[MOE_ACT_COUNT] = {"silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai", "situ"};
@@ -334,6 +341,7 @@ static int validate_layer(const moe_call *c, moe_problem *p, moe_error *err)
         const expectation ids = {"topk_ids", &c->topk_ids, {MOE_I32, MOE_I64}, 2, {num_tokens, -1}, "[num_tokens, topk]", false};
         if (check_tensor(&ids, err)) return err->status;
         topk = c->topk_ids.shape[1];
+        if (check_extent("topk_ids", "topk", topk, 1, MOE_MAX_TOPK, err)) return err->status;
         const expectation weights = {"topk_weights", &c->topk_weights, {MOE_F32, MOE_BF16, MOE_F16}, 2, {num_tokens, topk},
                                      "[num_tokens, topk]", false};
         if (check_tensor(&weights, err)) return err->status;
@@ -376,7 +384,7 @@ static int validate_layer(const moe_call *c, moe_problem *p, moe_error *err)
     int32_t vector = vector_bytes(x, 16);
     vector = vector_bytes(&c->w13, vector);
     vector = vector_bytes(&c->w2, vector);
-    int32_t out_vector = vector_bytes(&c->out, hidden * moe_dtype_bytes(x->dtype) % 16 ? (int32_t)moe_dtype_bytes(x->dtype) : 16);
+    int32_t out_vector = out_vector_bytes(&c->out, hidden, x->dtype, 16);
     p->num_tokens = num_tokens;
     p->hidden_size = (int32_t)hidden;
     p->intermediate_size = (int32_t)intermediate;
@@ -536,7 +544,7 @@ static int validate_gate_up(const moe_call *c, moe_problem *p, moe_error *err)
     p->dtype = x->dtype;
     p->ids_dtype = MOE_I32;
     p->gated = o->gated;
-    p->vector_bytes = vector_bytes(&c->w13, vector_bytes(x, 16));
+    p->vector_bytes = out_vector_bytes(&c->out, intermediate, x->dtype, vector_bytes(&c->w13, vector_bytes(x, 16)));
     p->out_vector_bytes = 2;
     p->deterministic = 1;
     return MOE_OK;
@@ -571,7 +579,7 @@ static int validate_down(const moe_call *c, moe_problem *p, moe_error *err)
     p->dtype = x->dtype;
     p->ids_dtype = MOE_I32;
     p->gated = 1;
-    p->vector_bytes = vector_bytes(&c->w2, vector_bytes(x, 16));
+    p->vector_bytes = out_vector_bytes(&c->out, c->w2.shape[1], x->dtype, vector_bytes(&c->w2, vector_bytes(x, 16)));
     p->out_vector_bytes = 2;
     p->deterministic = 1;
     return MOE_OK;
@@ -605,7 +613,7 @@ static int validate_combine(const moe_call *c, moe_problem *p, moe_error *err)
     p->ids_dtype = MOE_I32;
     p->gated = 1;
     p->vector_bytes = vector_bytes(x, 16);
-    p->out_vector_bytes = vector_bytes(&c->shared_output, vector_bytes(&c->out, p->vector_bytes));
+    p->out_vector_bytes = vector_bytes(&c->shared_output, out_vector_bytes(&c->out, x->shape[1], x->dtype, p->vector_bytes));
     p->deterministic = 1;
     return MOE_OK;
 }
