@@ -55,8 +55,9 @@ def allocate(prototype, shape, dtype_name):
     """
     module = framework_of(prototype)
     if module is None:
+        what = "workspace" if dtype_name == "uint8" else "out"
         raise TypeError(
-            f"out: expected a tensor to write, because a result cannot be allocated beside "
+            f"{what}: expected a tensor to write, because nothing can be allocated beside "
             f"{type(prototype).__module__}.{type(prototype).__qualname__}, got None"
         )
     return module.allocate(prototype, shape, dtype_name)
