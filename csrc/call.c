@@ -381,6 +381,7 @@ static int prepare(call_frame *f, PyObject *stream_object, void **stream)
         missing |= f->outputs[i].object == NULL;
     PyObject *context = NULL;
     if (f->like->backend == MOE_CUDA) {
+        if (moe_cuda_survived_fork(&f->err)) return f->err.status; /* before the framework trips over it */
         if (stream_object == Py_None) {
             if (current_stream(f, stream)) return f->err.status;
         } else if (missing && enter_stream(f, *stream, &context))

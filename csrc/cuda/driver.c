@@ -88,11 +88,16 @@ static void open_driver(void)
     pthread_atfork(NULL, NULL, mark_fork);
 }
 
+int moe_cuda_survived_fork(moe_error *err)
+{
+    if (!atomic_load_explicit(&forked, memory_order_relaxed)) return MOE_OK;
+    return moe_fail(err, MOE_ERROR_RUNTIME, "device: this process was forked after CUDA was initialised, and CUDA does not "
+                                                "survive a fork; start the child with the 'spawn' method");
+}
+
 int moe_driver_get(const moe_driver **driver, moe_error *err)
 {
-    if (atomic_load_explicit(&forked, memory_order_relaxed))
-        return moe_fail(err, MOE_ERROR_RUNTIME, "device: this process was forked after CUDA was initialised, and CUDA does not "
-                                                "survive a fork; start the child with the 'spawn' method");
+    if (moe_cuda_survived_fork(err)) return err->status;
     pthread_once(&driver_once, open_driver);
     if (driver_error.status) {
         *err = driver_error;
