@@ -190,8 +190,9 @@ def rates(backend):
 
 
 def plan_text(plan):
-    """What runs, in a word per stage."""
-    parts = [f"{stage} {plan[stage].get('name', '')}".strip() for stage in ("gate_up", "down")]
+    """What runs: the variant of each GEMM stage."""
+    names = [plan[stage]["name"].removeprefix("moe_") for stage in ("gate_up", "down")]
+    parts = list(dict.fromkeys(names))
     if plan["num_chunks"] > 1:
         parts.append(f"{plan['num_chunks']} chunks")
     return ", ".join(parts)
@@ -260,9 +261,13 @@ def driver_version():
     try:
         text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
     except OSError:
-        return ""
-    found = re.search(r"\b(\d+\.\d+(?:\.\d+)?)\b", text)
-    return found[1] if found else ""
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        try:
+            text = subprocess.run(query, capture_output=True, text=True).stdout
+        except OSError:
+            return ""
+    found = re.search(r"\b\d+\.\d+(\.\d+)?\b", text)
+    return found[0] if found else ""
 
 
 def _dotted(version):

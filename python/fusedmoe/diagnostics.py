@@ -21,7 +21,7 @@ _FRAMEWORKS = {
 # Every environment variable that the library reads at run time -> what it does.
 ENVIRONMENT = {
     "FUSEDMOE_NUM_THREADS": "threads of the CPU backend",
-    "FUSEDMOE_CPU_ISA": "highest instruction set of the CPU backend: see csrc/cpu/simd.c",
+    "FUSEDMOE_CPU_ISA": "highest the CPU backend takes: scalar, avx2, avx512, avx512_bf16",
     "FUSEDMOE_WORKSPACE_LIMIT": "bytes; a call that needs more is cut into chunks",
     "FUSEDMOE_CHECK": "1: the CPU backend raises on topk_ids out of range",
     "FUSEDMOE_SYNC": "1: synchronise after each kernel and name the one that failed",
@@ -199,6 +199,7 @@ def print_info(stream=None):
         elif key == "kernels":
             print(f"{key:<13} {len(value)} GEMM variants", file=stream)
         elif isinstance(value, list):
-            print(key, *([f"  {item}" for item in value] or ["  none"]), sep="\n", file=stream)
+            lines = [", ".join(f"{name} {x}" for name, x in item.items()) for item in value]
+            print(key, *(f"  {line}" for line in lines or ["none"]), sep="\n", file=stream)
         else:
             print(f"{key:<13} {'-' if value is None else value}", file=stream)

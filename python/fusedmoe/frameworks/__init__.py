@@ -1,11 +1,12 @@
 """What the extension asks of the caller's framework where the exchange table does not answer.
 
-The extension calls two functions, with a tensor of the user's as `prototype`:
+The extension calls three functions, with a tensor of the user's as `prototype`:
 
     allocate(prototype, shape, dtype_name) -> (buffer, wrap)   a new tensor beside it
     current_stream(prototype, device_id) -> int                the CUstream it is queued on
+    stream_context(prototype, device_id, stream)               allocate for that CUstream inside
 
-One module per framework defines both; it is imported when a tensor of that framework is first
+One module per framework defines them; it is imported when a tensor of that framework is first
 seen, which means that the framework itself is imported already. No module here is imported with
 the package.
 """
@@ -68,3 +69,13 @@ def current_stream(prototype, device_id):
     default stream, for a framework that has no such notion."""
     module = framework_of(prototype)
     return 0 if module is None else module.current_stream(prototype, device_id)
+
+
+def stream_context(prototype, device_id, stream):
+    """A context manager in which the framework of `prototype` allocates for `stream`, a CUstream as
+    an int. Memory of a caching allocator belongs to the stream that was current; without this, what
+    a call with `stream=` frees could be handed out while its kernels still run. None for a
+    framework without streams."""
+    module = framework_of(prototype)
+    make = getattr(module, "stream_context", None)
+    return None if make is None else make(device_id, stream)

@@ -14,3 +14,7 @@ def allocate(prototype, shape, dtype_name):
 
 def current_stream(prototype, device_id):
     return cupy.cuda.get_current_stream(device_id).ptr
+
+
+def stream_context(device_id, stream):
+    return cupy.cuda.ExternalStream(stream, device_id)

@@ -12,3 +12,9 @@ def allocate(prototype, shape, dtype_name):
 
 def current_stream(prototype, device_id):
     return torch.cuda.current_stream(device_id).cuda_stream
+
+
+def stream_context(device_id, stream):
+    if stream in (0, 1):  # ExternalStream(0) would be a new stream, not the legacy default one
+        return torch.cuda.stream(torch.cuda.default_stream(device_id))
+    return torch.cuda.stream(torch.cuda.ExternalStream(stream, device=device_id))
