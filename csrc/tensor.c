@@ -406,7 +406,7 @@ static int refuse(tensor_door door, PyObject *object, const char *name, moe_erro
             err, MOE_ERROR_TYPE,
             "%s: expected a tensor with memory of its own, got %s, a subclass that intercepts "
             "operations "
-            "(__torch_dispatch__); call through fusedmoe.frameworks.torch while tracing",
+            "(__torch_dispatch__)",
             name, got);
     case DOOR_TRACER:
         return moe_fail(err, MOE_ERROR_TYPE,
@@ -688,11 +688,15 @@ static int allocate_by_python(tensor_context *ctx, PyObject *prototype, const ch
     if (dtype_name)
         pair = PyObject_CallFunctionObjArgs(ctx->allocate, prototype, extents, dtype_name, NULL);
     if (pair == NULL) {
-        if (PyErr_ExceptionMatches(PyExc_TypeError) ||
-            PyErr_ExceptionMatches(PyExc_NotImplementedError))
-            err->status = MOE_ERROR_PYTHON; /* written for the user */
-        else
+        char beside[128];
+        if (PyErr_ExceptionMatches(PyExc_TypeError)) { /* no framework is known for this type */
+            PyErr_Clear();
+            moe_fail(err, MOE_ERROR_TYPE,
+                     "%s: expected a tensor, got None, and nothing can be allocated beside %s",
+                     name, tensor_type_text(prototype, beside, sizeof beside));
+        } else {
             tensor_fail_with_exception(err, MOE_ERROR_RUNTIME, name, EXPECTED, prototype);
+        }
         goto done;
     }
     if (!PyTuple_Check(pair) || PyTuple_Size(pair) != 2) {
