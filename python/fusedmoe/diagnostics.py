@@ -188,6 +188,9 @@ def print_info(stream=None):
         name: f"{version} ({_FRAMEWORKS[name][1]})" if version else "-"
         for name, version in facts["frameworks"].items()
     }
+    for name in ("cuda_version", "driver"):
+        if facts[name]:
+            facts[name] = f"CUDA {facts[name] // 1000}.{facts[name] % 1000 // 10}"
     facts["environment"] = {
         f"{name}={facts['environment'].get(name, '')}": text for name, text in ENVIRONMENT.items()
     }
