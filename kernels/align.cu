@@ -9,7 +9,7 @@
  * Math   integers; a slot's row is the number of slots before it in (expert, slot) order: the same every run
  * Grid   num_blocks == 1: moe_align_one, one block. Else moe_align_count (num_blocks), moe_align_scan (one),
  *        moe_align_place (num_blocks). moe_align_tiles (one): the tiles of given expert_offsets.
- *        MOE_ALIGN_THREADS each, 35 KB of static shared memory
+ *        MOE_ALIGN_THREADS each, at most 48 KB of static shared memory
  * Needs  num_experts 1 .. 1024, num_slots < 2^31, max_tiles tiles of room
  * Cost   at decode latency: four block barriers and three dependent loads */
 #include "ptx.cuh"
@@ -19,13 +19,17 @@ static constexpr int kThreads = MOE_ALIGN_THREADS;
 static constexpr int kWarps = kThreads / 32;
 static constexpr int kMaxExperts = 1024;
 static constexpr int kThreadExperts = kMaxExperts / kThreads; // experts of a thread in a scan
-static constexpr int kPieceSlots = 8192; // slots that a block places at a time: 16-bit counters hold
+static constexpr int kTurns = 16;         // slots of a thread in one piece
+static constexpr int kPieceSlots = kTurns * kThreads; // slots that a block places at a time
+static_assert(kPieceSlots < 65536, "16-bit counters hold a piece");
 static_assert(kPieceSlots >= MOE_ALIGN_ONE_SLOTS, "moe_align_one places all slots as one piece");
 
 struct shared {
     // Slots of expert e seen by warp w; after the scan: those of the warps before w.
     unsigned short count[kWarps][kMaxExperts];
     int32_t start[kMaxExperts]; // next row of expert e
+    int32_t tile_start[kMaxExperts]; // first tile of expert e
+    int32_t rows[kMaxExperts];
     int64_t warp_total[kWarps];
 };
 
@@ -70,52 +74,43 @@ static __device__ __forceinline__ int64_t block_scan(shared &smem, int64_t x, in
     return before + sum - x;
 }
 
-// rows[i]: rows of expert threadIdx.x * kThreadExperts + i, first[i] the first of them: the tiles.
-static __device__ void write_tiles(const moe_align_args &args, shared &smem,
-                                   const int32_t (&rows)[kThreadExperts],
-                                   const int32_t (&first)[kThreadExperts])
+// rows[i]: rows of expert threadIdx.x * kThreadExperts + i, start[e] the first of expert e: the tiles.
+static __device__ __forceinline__ void write_tiles(const moe_align_args &args, shared &smem,
+                                                   const int32_t (&rows)[kThreadExperts])
 {
     if (!args.tiles) return;
+    int32_t tile_rows = args.tile_rows;
     int64_t tiles = 0, total;
+    int32_t count[kThreadExperts];
 #pragma unroll
-    for (int i = 0; i < kThreadExperts; ++i)
-        tiles += (static_cast<int64_t>(rows[i]) + args.tile_rows - 1) / args.tile_rows;
+    for (int i = 0; i < kThreadExperts; ++i) {
+        count[i] = rows[i] / tile_rows + (rows[i] % tile_rows != 0);
+        tiles += count[i];
+    }
     int64_t at = block_scan(smem, tiles, total);
-    if (threadIdx.x == 0)
-        *args.num_tiles = static_cast<int32_t>(total < args.max_tiles ? total : args.max_tiles);
-    // Experts with few tiles: each thread its own. The rest below, a warp together.
-    constexpr int kOwn = 4;
-    int64_t mine = at;
+    int32_t num_tiles = static_cast<int32_t>(min(total, static_cast<int64_t>(args.max_tiles)));
+    if (threadIdx.x == 0) *args.num_tiles = num_tiles;
 #pragma unroll
     for (int i = 0; i < kThreadExperts; ++i) {
         int32_t expert = threadIdx.x * kThreadExperts + i;
-        int32_t count = static_cast<int32_t>((static_cast<int64_t>(rows[i]) + args.tile_rows - 1) /
-                                             args.tile_rows);
-        for (int32_t t = 0; t < min(count, kOwn) && mine + t < args.max_tiles; ++t) {
-            int32_t done = t * args.tile_rows;
-            args.tiles[mine + t] = {expert, first[i] + done, min(rows[i] - done, args.tile_rows), 0};
-        }
-        uint32_t large = __ballot_sync(0xffffffffu, count > kOwn);
-        while (large) {
-            int32_t owner = __ffs(large) - 1;
-            large &= large - 1;
-            int32_t count_o = __shfl_sync(0xffffffffu, count, owner);
-            int32_t rows_o = __shfl_sync(0xffffffffu, rows[i], owner);
-            int32_t first_o = __shfl_sync(0xffffffffu, first[i], owner);
-            int32_t expert_o = __shfl_sync(0xffffffffu, expert, owner);
-            int64_t mine_o = __shfl_sync(0xffffffffu, mine, owner);
-            for (int32_t t = kOwn + threadIdx.x % 32; t < count_o && mine_o + t < args.max_tiles;
-                 t += 32) {
-                int32_t done = t * args.tile_rows;
-                args.tiles[mine_o + t] = {expert_o, first_o + done,
-                                          min(rows_o - done, args.tile_rows), 0};
-            }
-        }
-        mine += count;
+        smem.tile_start[expert] = static_cast<int32_t>(min(at, static_cast<int64_t>(num_tiles)));
+        smem.rows[expert] = rows[i];
+        at += count[i];
+    }
+    __syncthreads();
+    for (int32_t tile = threadIdx.x; tile < num_tiles; tile += kThreads) {
+        // The last expert whose tiles start at or before this one.
+        int32_t expert = 0;
+#pragma unroll
+        for (int32_t bit = kMaxExperts / 2; bit > 0; bit /= 2)
+            if (smem.tile_start[expert + bit] <= tile) expert += bit;
+        int32_t done = (tile - smem.tile_start[expert]) * tile_rows;
+        args.tiles[tile] = {expert, smem.start[expert] + done,
+                            min(smem.rows[expert] - done, tile_rows), 0};
     }
 }
 
-// Rows per expert (of this thread's experts) -> expert_offsets, the first row of each, the tiles.
+// Rows per expert (of this thread's experts) -> expert_offsets, start[e], the tiles. first: as start.
 static __device__ __forceinline__ void offsets_and_tiles(const moe_align_args &args, shared &smem,
                                                          const int32_t (&rows)[kThreadExperts],
                                                          int32_t (&first)[kThreadExperts])
@@ -128,11 +123,12 @@ static __device__ __forceinline__ void offsets_and_tiles(const moe_align_args &a
     for (int i = 0; i < kThreadExperts; ++i) {
         int32_t expert = threadIdx.x * kThreadExperts + i;
         first[i] = static_cast<int32_t>(at);
+        smem.start[expert] = first[i];
         if (expert < args.num_experts) args.expert_offsets[expert] = first[i];
         at += rows[i];
     }
     if (threadIdx.x == 0) args.expert_offsets[args.num_experts] = static_cast<int32_t>(total);
-    write_tiles(args, smem, rows, first);
+    write_tiles(args, smem, rows);
 }
 
 // The warps that share a piece: as few as keep each at one turn of 32 slots, for the sake of the counters.
@@ -141,35 +137,59 @@ static __device__ __forceinline__ int32_t warps_of(int32_t num_slots)
     return min(kWarps, (num_slots + 31) / 32);
 }
 
-// This warp's slots of a piece, 32 at a time, in order: body(slot - begin, expert).
-template <class Body>
-static __device__ __forceinline__ void for_slots(const moe_align_args &args, int64_t begin,
-                                                 int32_t num_slots, Body body)
+// What a thread holds of a piece: the experts of slots first, first + 32, ...; all asked for at once.
+struct held_slots {
+    int32_t first, turns; // turns is the same for the whole warp
+    int32_t expert[kTurns];
+    uint32_t same[kTurns]; // lanes with the same expert in this turn
+};
+
+// The lanes that hold the same x as this one, x < 2^bits. Ballots beat match.any, which takes its time over
+// every distinct value.
+static __device__ __forceinline__ uint32_t same_lanes(int32_t x, int32_t bits)
+{
+    uint32_t same = 0xffffffffu;
+    for (int32_t bit = 0; bit < bits; ++bit) {
+        bool mine = x >> bit & 1;
+        uint32_t set = __ballot_sync(0xffffffffu, mine);
+        same &= mine ? set : ~set;
+    }
+    return same;
+}
+
+static __device__ __forceinline__ void load_slots(const moe_align_args &args, int64_t begin,
+                                                  int32_t num_slots, held_slots &held)
 {
     int32_t warps = warps_of(num_slots), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (warp >= warps) return;
-    int32_t share = ((num_slots + warps - 1) / warps + 31) / 32 * 32;
+    int32_t share = ((num_slots + warps - 1) / max(warps, 1) + 31) / 32 * 32;
     int32_t end = min(num_slots, (warp + 1) * share);
-    for (int32_t base = warp * share; base < end; base += 32) {
-        int32_t slot = base + lane;
-        body(slot < end, slot, slot < end ? local_expert(args, begin + slot) : -1);
-        __syncwarp();
+    held.first = warp * share + lane;
+    held.turns = warp < warps ? max(0, end - warp * share + 31) / 32 : 0;
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t) {
+        int32_t slot = held.first + t * 32;
+        held.expert[t] = slot < end ? local_expert(args, begin + slot) : -1;
     }
 }
 
 // Count a piece: count[w][e]. Barriers: before (counters free) is the caller's, none after.
 static __device__ __forceinline__ void count_piece(const moe_align_args &args, shared &smem,
-                                                   int64_t begin, int32_t num_slots)
+                                                   held_slots &held)
 {
     int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    if (warp < warps_of(num_slots))
-        for (int32_t e = lane; e < args.num_experts; e += 32) smem.count[warp][e] = 0;
+    int32_t bits = 32 - __clz(args.num_experts); // num_experts itself stands for dropped
+    for (int32_t e = lane; e < args.num_experts; e += 32) smem.count[warp][e] = 0;
     __syncwarp();
-    for_slots(args, begin, num_slots, [&](bool, int32_t, int32_t expert) {
-        uint32_t same = __match_any_sync(0xffffffffu, expert);
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t) {
+        if (t >= held.turns) break;
+        int32_t expert = held.expert[t];
+        uint32_t same = same_lanes(expert >= 0 ? expert : args.num_experts, bits);
+        held.same[t] = same;
         if (expert >= 0 && lane == __ffs(same) - 1)
             smem.count[warp][expert] += static_cast<unsigned short>(__popc(same));
-    });
+        __syncwarp();
+    }
 }
 
 // count[w][e] -> slots of expert e in the warps before w; returns all of them.
@@ -186,23 +206,27 @@ static __device__ __forceinline__ int32_t scan_warps(shared &smem, int32_t exper
 
 // start[e], count[w][e] -> row_of_slot and sorted_token_ids of the piece.
 static __device__ __forceinline__ void place_piece(const moe_align_args &args, shared &smem,
-                                                   int64_t begin, int32_t num_slots)
+                                                   int64_t begin, int32_t num_slots,
+                                                   const held_slots &held)
 {
     int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for_slots(args, begin, num_slots, [&](bool exists, int32_t slot, int32_t expert) {
-        uint32_t same = __match_any_sync(0xffffffffu, expert);
+#pragma unroll
+    for (int t = 0; t < kTurns; ++t) {
+        if (t >= held.turns) break;
+        int32_t expert = held.expert[t], slot = held.first + t * 32;
+        uint32_t same = held.same[t];
         int32_t row = -1;
         if (expert >= 0)
-            row = smem.start[expert] + smem.count[warp][expert] +
-                  __popc(same & ((1u << lane) - 1));
+            row = smem.start[expert] + smem.count[warp][expert] + __popc(same & ((1u << lane) - 1));
         __syncwarp();
         if (expert >= 0) {
             if (lane == __ffs(same) - 1)
                 smem.count[warp][expert] += static_cast<unsigned short>(__popc(same));
             args.sorted_token_ids[row] = static_cast<int32_t>(begin + slot);
         }
-        if (exists) args.row_of_slot[begin + slot] = row;
-    });
+        if (slot < num_slots) args.row_of_slot[begin + slot] = row;
+        __syncwarp();
+    }
 }
 
 // The slots of this block: a contiguous part, equal but for the last.
@@ -222,7 +246,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     grid_dependency_wait();
     grid_launch_dependents();
     int32_t num_slots = static_cast<int32_t>(args.num_tokens * args.topk);
-    count_piece(args, smem, 0, num_slots);
+    held_slots held;
+    load_slots(args, 0, num_slots, held);
+    count_piece(args, smem, held);
     __syncthreads();
     int32_t rows[kThreadExperts], first[kThreadExperts];
 #pragma unroll
@@ -231,77 +257,103 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         rows[i] = expert < args.num_experts ? scan_warps(smem, expert, warps_of(num_slots)) : 0;
     }
     offsets_and_tiles(args, smem, rows, first);
-#pragma unroll
-    for (int i = 0; i < kThreadExperts; ++i) smem.start[threadIdx.x * kThreadExperts + i] = first[i];
     __syncthreads();
-    place_piece(args, smem, 0, num_slots);
+    place_piece(args, smem, 0, num_slots, held);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     moe_align_count(const __grid_constant__ moe_align_args args)
 {
     __shared__ int32_t count[kMaxExperts];
+    constexpr int kAhead = 4;
     grid_dependency_wait();
     grid_launch_dependents();
-    for (int32_t e = threadIdx.x; e < args.num_experts; e += kThreads) count[e] = 0;
-    __syncthreads();
     int64_t begin, end;
     block_slots(args, begin, end);
-    for (int64_t slot = begin + threadIdx.x; slot < end; slot += kThreads) {
-        int32_t expert = local_expert(args, slot);
-        if (expert >= 0) atomicAdd(&count[expert], 1); // a count: any order gives the same
+    for (int32_t e = threadIdx.x; e < args.num_experts; e += kThreads) count[e] = 0;
+    __syncthreads();
+    for (; begin < end; begin += kAhead * kThreads) {
+        int32_t expert[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            int64_t slot = begin + i * kThreads + threadIdx.x;
+            expert[i] = slot < end ? local_expert(args, slot) : -1;
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i)
+            if (expert[i] >= 0) atomicAdd(&count[expert[i]], 1); // a count: any order gives the same
     }
     __syncthreads();
     int32_t *out = args.counts + static_cast<int64_t>(blockIdx.x) * args.num_experts;
     for (int32_t e = threadIdx.x; e < args.num_experts; e += kThreads) out[e] = count[e];
 }
 
+// One warp walks one slice of the blocks for 32 neighbouring experts: body(&counts[b][e], held value).
+template <class Body>
+static __device__ __forceinline__ void for_slice(const moe_align_args &args, int32_t expert,
+                                                 int32_t slice, int32_t slices, Body body)
+{
+    constexpr int kAhead = 8;
+    int32_t share = (args.num_blocks + slices - 1) / slices;
+    int32_t end = min(args.num_blocks, (slice + 1) * share);
+    int32_t *column = args.counts + expert;
+    for (int32_t b = slice * share; b < end; b += kAhead) {
+        int32_t held[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i)
+            held[i] = b + i < end ? column[static_cast<int64_t>(b + i) * args.num_experts] : 0;
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i)
+            if (b + i < end) body(column + static_cast<int64_t>(b + i) * args.num_experts, held[i]);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     moe_align_scan(const __grid_constant__ moe_align_args args)
 {
     __shared__ shared smem;
-    constexpr int kAhead = 8;
+    // [slice][expert]: slices * num_experts <= kMaxExperts
+    int32_t *part = reinterpret_cast<int32_t *>(smem.count);
     grid_dependency_wait();
     grid_launch_dependents();
+    // As many slices of the blocks as leave every warp one walk.
+    int32_t groups = (args.num_experts + 31) / 32, slices = max(1, kWarps / groups);
+    int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int32_t walk = warp; walk < groups * slices; walk += kWarps) {
+        int32_t expert = walk % groups * 32 + lane, slice = walk / groups, sum = 0;
+        if (expert >= args.num_experts) continue;
+        for_slice(args, expert, slice, slices, [&](int32_t *, int32_t held) { sum += held; });
+        part[slice * args.num_experts + expert] = sum;
+    }
+    __syncthreads();
     int32_t rows[kThreadExperts], first[kThreadExperts];
 #pragma unroll
     for (int i = 0; i < kThreadExperts; ++i) {
         int32_t expert = threadIdx.x * kThreadExperts + i;
         rows[i] = 0;
-        if (expert >= args.num_experts) continue;
-        const int32_t *column = args.counts + expert;
-        for (int32_t b = 0; b < args.num_blocks; b += kAhead) {
-            int32_t held[kAhead];
-#pragma unroll
-            for (int j = 0; j < kAhead; ++j)
-                held[j] = b + j < args.num_blocks
-                              ? column[static_cast<int64_t>(b + j) * args.num_experts]
-                              : 0;
-#pragma unroll
-            for (int j = 0; j < kAhead; ++j) rows[i] += held[j];
-        }
+        if (expert < args.num_experts)
+            for (int32_t s = 0; s < slices; ++s) rows[i] += part[s * args.num_experts + expert];
     }
     offsets_and_tiles(args, smem, rows, first);
 #pragma unroll
     for (int i = 0; i < kThreadExperts; ++i) {
-        int32_t expert = threadIdx.x * kThreadExperts + i;
-        if (expert >= args.num_experts) continue;
-        int32_t *column = args.counts + expert;
-        int32_t at = first[i];
-        for (int32_t b = 0; b < args.num_blocks; b += kAhead) {
-            int32_t held[kAhead];
-#pragma unroll
-            for (int j = 0; j < kAhead; ++j)
-                held[j] = b + j < args.num_blocks
-                              ? column[static_cast<int64_t>(b + j) * args.num_experts]
-                              : 0;
-#pragma unroll
-            for (int j = 0; j < kAhead; ++j) {
-                if (b + j < args.num_blocks)
-                    column[static_cast<int64_t>(b + j) * args.num_experts] = at;
-                at += held[j];
+        int32_t expert = threadIdx.x * kThreadExperts + i, at = first[i];
+        if (expert < args.num_experts)
+            for (int32_t s = 0; s < slices; ++s) {
+                int32_t here = part[s * args.num_experts + expert];
+                part[s * args.num_experts + expert] = at;
+                at += here;
             }
-        }
+    }
+    __syncthreads();
+    for (int32_t walk = warp; walk < groups * slices; walk += kWarps) {
+        int32_t expert = walk % groups * 32 + lane, slice = walk / groups;
+        if (expert >= args.num_experts) continue;
+        int32_t at = part[slice * args.num_experts + expert];
+        for_slice(args, expert, slice, slices, [&](int32_t *to, int32_t held) {
+            *to = at;
+            at += held;
+        });
     }
 }
 
@@ -309,15 +361,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     moe_align_place(const __grid_constant__ moe_align_args args)
 {
     __shared__ shared smem;
+    int64_t begin, end;
+    block_slots(args, begin, end);
     grid_dependency_wait();
     grid_launch_dependents();
     const int32_t *starts = args.counts + static_cast<int64_t>(blockIdx.x) * args.num_experts;
     for (int32_t e = threadIdx.x; e < args.num_experts; e += kThreads) smem.start[e] = starts[e];
-    int64_t begin, end;
-    block_slots(args, begin, end);
     for (; begin < end; begin += kPieceSlots) {
         int32_t num_slots = static_cast<int32_t>(min(end - begin, static_cast<int64_t>(kPieceSlots)));
-        count_piece(args, smem, begin, num_slots);
+        held_slots held;
+        load_slots(args, begin, num_slots, held);
+        count_piece(args, smem, held);
         __syncthreads();
         int32_t rows[kThreadExperts];
 #pragma unroll
@@ -326,7 +380,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
             rows[i] = expert < args.num_experts ? scan_warps(smem, expert, warps_of(num_slots)) : 0;
         }
         __syncthreads();
-        place_piece(args, smem, begin, num_slots);
+        place_piece(args, smem, begin, num_slots, held);
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < kThreadExperts; ++i) smem.start[threadIdx.x * kThreadExperts + i] += rows[i];
@@ -341,14 +395,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     grid_dependency_wait();
     grid_launch_dependents();
     int32_t num_slots = static_cast<int32_t>(args.num_tokens * args.topk);
-    int32_t rows[kThreadExperts], first[kThreadExperts];
+    int32_t rows[kThreadExperts];
 #pragma unroll
     for (int i = 0; i < kThreadExperts; ++i) {
         int32_t expert = threadIdx.x * kThreadExperts + i;
-        rows[i] = first[i] = 0;
+        rows[i] = 0;
         if (expert >= args.num_experts) continue;
-        first[i] = min(max(args.expert_offsets[expert], 0), num_slots);
-        rows[i] = min(max(args.expert_offsets[expert + 1], first[i]), num_slots) - first[i];
+        int32_t first = min(max(args.expert_offsets[expert], 0), num_slots);
+        rows[i] = min(max(args.expert_offsets[expert + 1], first), num_slots) - first;
+        smem.start[expert] = first;
     }
-    write_tiles(args, smem, rows, first);
+    write_tiles(args, smem, rows);
 }

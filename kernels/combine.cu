@@ -1,6 +1,6 @@
 /* combine.cu: out[t] = scale * sum over slots s of rows[row_of_slot[t, s]] + shared_output[t]   (stage 5 of 5)
  * In     rows           [num_rows, hidden_size]    bf16, f16  output of down, weighted, grouped by expert
- *        row_of_slot    [num_tokens, topk]         int32      row of that slot; -1: dropped, adds nothing
+ *        row_of_slot    [num_tokens, topk]         int32      row of that slot; outside [0, num_rows): dropped, adds nothing
  *        shared_output  [num_tokens, hidden_size]  as rows, or NULL
  * Out    out            [num_tokens, hidden_size]  as rows    every element is written
  * Math   f32, slots in order 0 .. topk - 1, one rounding: bitwise repeatable. no_combine is topk = 1
@@ -69,6 +69,9 @@ static __device__ __forceinline__ void combine(const moe_combine_args &args)
                 row[s] = first + s < args.topk ? row_of_slot[first + s] : -1;
 #pragma unroll
             for (int s = 0; s < kInFlight; ++s)
+                if (row[s] >= args.num_rows) row[s] = -1;
+#pragma unroll
+            for (int s = 0; s < kInFlight; ++s)
                 if (row[s] >= 0)
                     held[s] = load_columns<T, kVector>(args.rows, row[s] * args.rows_stride + col,
                                                        count);
@@ -93,7 +96,7 @@ static __device__ __forceinline__ void combine(const moe_combine_args &args)
 }
 
 #define MOE_COMBINE(name, type, vector)                                                            \
-    extern "C" __global__ void __launch_bounds__(MOE_COMBINE_THREADS)                              \
+    extern "C" __global__ void __launch_bounds__(MOE_COMBINE_THREADS, 1)                              \
         name(const __grid_constant__ moe_combine_args args)                                        \
     {                                                                                              \
         combine<type, vector>(args);                                                               \

@@ -12,8 +12,8 @@
  * Needs  align == 16: I % 8 == 0 and 16-byte aligned rows of intermediate, w2 and rows
  * Cost   as gate_up, and num_rows * hidden_size * 2 bytes written
  *
- * The first weights are asked for before the wait for gate_up: that only reads tiles, which align wrote
- * and gate_up had waited for before it let this grid start. */
+ * The first weights are asked for before the wait for gate_up: that only reads tiles and sorted_token_ids,
+ * which align wrote and gate_up had waited for before it let this grid start. */
 #include "gemm_mma.cuh"
 
 // Phase 2 of the epilogue: a thread takes eight neighbouring columns of one row at a time.
@@ -65,8 +65,8 @@ static __device__ __forceinline__ void down(const moe_down_args &args)
     extern __shared__ __align__(128) unsigned char dynamic_shared[];
     typename Gemm::shared &smem = *reinterpret_cast<typename Gemm::shared *>(dynamic_shared);
 
-    typename Gemm::work work =
-        Gemm::find_work(args.tiles, args.num_tiles, args.max_tiles, args.hidden_size);
+    typename Gemm::work work = Gemm::find_work(args.tiles, args.num_tiles, args.max_tiles,
+                                               args.hidden_size, args.num_slots);
     if (work.num_rows == 0) {
         grid_dependency_wait(); // a grid that did not wait would let the next one overtake gate_up
         grid_launch_dependents();
@@ -78,6 +78,7 @@ static __device__ __forceinline__ void down(const moe_down_args &args)
     rows.num_cols = args.hidden_size;
     rows.split = rows.gate_first = rows.up_first = 0;
 
+    int32_t slot = Gemm::load_slot(work, args);
     int32_t num_steps = (args.intermediate_size + Gemm::kTileK - 1) / Gemm::kTileK;
     typename Gemm::copier copy;
     copy.set_weights(rows, work.col_begin, args.intermediate_size);
@@ -88,14 +89,8 @@ static __device__ __forceinline__ void down(const moe_down_args &args)
     copy.set_tokens(work.num_rows, [&](int32_t r) { return first + r * args.intermediate_stride; });
     grid_dependency_wait();
     grid_launch_dependents();
-    if (args.topk_weights)
-        for (int32_t r = threadIdx.x; r < work.num_rows; r += Gemm::kThreads) {
-            int32_t slot = args.sorted_token_ids[work.row_begin + r];
-            int32_t token = slot / args.topk;
-            smem.row_weight[r] =
-                load_f32(args.topk_weights, token * args.weights_stride + slot - token * args.topk,
-                         args.weights_dtype);
-        }
+    Gemm::prefetch_tokens(smem, copy, num_steps);
+    Gemm::store_weight(smem, slot, args);
     Gemm::run(smem, copy, work.num_rows, num_steps);
     write_rows<Gemm>(smem, work, args);
 }

@@ -157,7 +157,8 @@ static __device__ __forceinline__ void gate_up(const moe_gate_up_args &args)
     grid_launch_dependents();
     int32_t size = args.intermediate_size;
     int32_t num_cols = args.gated ? 2 * size : size;
-    typename Gemm::work work = Gemm::find_work(args.tiles, args.num_tiles, args.max_tiles, num_cols);
+    typename Gemm::work work = Gemm::find_work(args.tiles, args.num_tiles, args.max_tiles, num_cols,
+                                               args.num_slots);
     if (work.num_rows == 0) return;
 
     weight_rows rows;
@@ -168,26 +169,21 @@ static __device__ __forceinline__ void gate_up(const moe_gate_up_args &args)
     rows.gate_first = args.w13_order == MOE_ORDER_UP_GATE ? size : 0;
     rows.up_first = size - rows.gate_first;
 
+    int32_t slot = Gemm::load_slot(work, args);
     int32_t num_steps = (args.hidden_size + Gemm::kTileK - 1) / Gemm::kTileK;
     typename Gemm::copier copy;
     copy.set_weights(rows, work.col_begin, args.hidden_size);
     Gemm::prefetch_weights(smem, copy, num_steps);
 
-    for (int32_t r = threadIdx.x; r < Gemm::kRows; r += Gemm::kThreads) {
-        if (r >= work.num_rows) break;
-        int32_t slot = args.sorted_token_ids[work.row_begin + r];
-        int32_t token = slot / args.topk;
-        smem.row_token[r] = token;
-        if (args.topk_weights)
-            smem.row_weight[r] =
-                load_f32(args.topk_weights, token * args.weights_stride + slot - token * args.topk,
-                         args.weights_dtype);
-    }
+    if (threadIdx.x < Gemm::kRows) smem.row_token[threadIdx.x] = Gemm::token_of(slot, args);
     __syncthreads();
     const element *tokens = static_cast<const element *>(args.hidden_states);
     copy.set_tokens(work.num_rows, [&](int32_t r) {
-        return tokens + smem.row_token[r] * args.hidden_stride;
+        int32_t token = smem.row_token[r];
+        return token >= 0 ? tokens + token * args.hidden_stride : nullptr;
     });
+    Gemm::prefetch_tokens(smem, copy, num_steps);
+    Gemm::store_weight(smem, slot, args);
     Gemm::run(smem, copy, work.num_rows, num_steps);
     write_intermediate<Gemm>(smem, work, rows, args);
 }

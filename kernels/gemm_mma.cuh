@@ -63,6 +63,7 @@ struct gemm_mma {
     static_assert(kFragsN * 8 * kWarpsN == kCols && kFragsN % 2 == 0, "ldmatrix loads n16 at a time");
     static_assert(kSteps >= 1 && kSteps * 16 * kWarpsK == kTileK, "warps share the K of a stage");
     static_assert(kStages >= 2, "a ring");
+    static_assert(kRows <= kThreads, "thread r looks up row r");
     static_assert(kVector || kStages == 2, "registers are the third stage");
 
     struct shared {
@@ -85,7 +86,8 @@ struct gemm_mma {
     };
 
     static __device__ __forceinline__ work find_work(const moe_tile *tiles, const int32_t *num_tiles,
-                                                     int32_t max_tiles, int32_t num_cols)
+                                                     int32_t max_tiles, int32_t num_cols,
+                                                     int64_t num_slots)
     {
         uint32_t col_tiles = (static_cast<uint32_t>(num_cols) + kCols - 1) / kCols;
         uint32_t tile, col;
@@ -103,78 +105,101 @@ struct gemm_mma {
         int32_t count = __ldcg(num_tiles);
         int4 found = __ldcg(reinterpret_cast<const int4 *>(tiles + tile));
         if (static_cast<int64_t>(tile) >= count) return {0, 0, 0, 0};
-        return {found.x, found.y, found.z, static_cast<int32_t>(col * kCols)};
+        int32_t rows = static_cast<int32_t>(min(static_cast<int64_t>(found.z), num_slots - found.y));
+        return {found.x, found.y, max(rows, 0), static_cast<int32_t>(col * kCols)};
     }
 
     // ---------------------------------------------------------------------------------------------
     // Copies into the ring. Thread t copies chunk t % kChunks of rows t / kChunks + pass * kPassRows.
     // ---------------------------------------------------------------------------------------------
 
+    // Compute x once: with few registers free the compiler would redo its arithmetic in every step.
+    template <class X>
+    static __device__ __forceinline__ void keep(X &x)
+    {
+        if constexpr (sizeof(X) == 8) asm volatile("" : "+l"(x));
+        else asm volatile("" : "+r"(x));
+    }
+
     struct copier {
-        const element *token[kTokenPasses]; // this thread's chunk at k = 0
-        const element *weight;
-        int64_t weight_step;   // from pass to pass, elements
+        const unsigned char *token[kTokenPasses]; // this thread's chunk at k = 0
+        const unsigned char *weight;
+        int64_t weight_step;   // from pass to pass, bytes
         uint32_t token_valid;  // bit pass: the row exists
         uint32_t weight_valid;
         uint32_t offset;       // of the chunk within a stage, bytes
-        int32_t k;             // of the chunk within a stage
-        int32_t k_end;
+        int32_t k_end;         // K less this chunk's k
 
         __device__ __forceinline__ void set_weights(const weight_rows &rows, int32_t col_begin,
                                                     int32_t k_size)
         {
-            int32_t row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-            k = chunk * 8;
-            k_end = k_size;
+            int32_t row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks, k = chunk * 8;
+            k_end = k_size - k;
             offset = row * (kTileK * 2) + ((chunk ^ (row & 7)) << 4);
-            weight = static_cast<const element *>(rows.base) +
-                     rows.row(col_begin + row) * rows.stride + k;
+            weight = reinterpret_cast<const unsigned char *>(
+                static_cast<const element *>(rows.base) + rows.row(col_begin + row) * rows.stride + k);
             weight_step = (rows.split ? kPassRows / 2 : kPassRows) * rows.stride;
             weight_valid = 0;
 #pragma unroll
             for (int pass = 0; pass < kWeightPasses; ++pass)
                 if (col_begin + row + pass * kPassRows < rows.num_cols) weight_valid |= 1u << pass;
+            weight_step *= sizeof(element);
+            keep(weight);
+            keep(weight_step);
+            keep(weight_valid);
+            keep(offset);
+            keep(k_end);
         }
 
-        // row_of(r): pointer to token row r of the tile, r < num_rows.
+        // row_of(r): pointer to token row r of the tile, r < num_rows; NULL: a row of zeros.
         template <class RowOf>
         __device__ __forceinline__ void set_tokens(int32_t num_rows, RowOf row_of)
         {
-            int32_t row = threadIdx.x / kChunks;
+            int32_t row = threadIdx.x / kChunks, k = threadIdx.x % kChunks * 8;
             token_valid = 0;
 #pragma unroll
             for (int pass = 0; pass < kTokenPasses; ++pass) {
                 int32_t r = row + pass * kPassRows;
-                bool valid = r < num_rows;
-                token[pass] = row_of(valid ? r : 0) + k;
-                if (valid) token_valid |= 1u << pass;
+                const element *from = r < num_rows ? row_of(r) : nullptr;
+                token[pass] = reinterpret_cast<const unsigned char *>(from + k);
+                if (from) token_valid |= 1u << pass;
+                keep(token[pass]);
             }
+            keep(token_valid);
         }
 
-        __device__ __forceinline__ void copy_weights(shared &smem, int32_t step, int stage) const
+        // Part `part` of kParts of a stage; the main loop spreads them over its steps.
+        template <int kParts = 1>
+        __device__ __forceinline__ void copy_weights(shared &smem, int32_t step, int stage,
+                                                     int part = 0) const
         {
             uint32_t to = shared_address(smem.ring.weight[stage]) + offset;
             int32_t at = step * kTileK;
-            uint32_t valid = at + k < k_end ? weight_valid : 0;
+            uint32_t valid = at < k_end ? weight_valid : 0;
+            const unsigned char *from = weight + at * int64_t{sizeof(element)};
 #pragma unroll
-            for (int pass = 0; pass < kWeightPasses; ++pass)
-                cp_async_16(to + pass * (kPassRows * kTileK * 2), weight + at + pass * weight_step,
+            for (int pass = part * kWeightPasses / kParts;
+                 pass < (part + 1) * kWeightPasses / kParts; ++pass)
+                cp_async_16(to + pass * (kPassRows * kTileK * 2), from + pass * weight_step,
                             (valid >> pass & 1) << 4);
         }
 
-        __device__ __forceinline__ void copy_tokens(shared &smem, int32_t step, int stage) const
+        template <int kParts = 1>
+        __device__ __forceinline__ void copy_tokens(shared &smem, int32_t step, int stage,
+                                                    int part = 0) const
         {
             uint32_t to = shared_address(smem.ring.token[stage]) + offset;
             int32_t at = step * kTileK;
-            uint32_t valid = at + k < k_end ? token_valid : 0;
+            uint32_t valid = at < k_end ? token_valid : 0;
 #pragma unroll
-            for (int pass = 0; pass < kTokenPasses; ++pass)
-                cp_async_16(to + pass * (kPassRows * kTileK * 2), token[pass] + at,
+            for (int pass = part * kTokenPasses / kParts;
+                 pass < (part + 1) * kTokenPasses / kParts; ++pass)
+                cp_async_16(to + pass * (kPassRows * kTileK * 2), token[pass] + at * int64_t{sizeof(element)},
                             (valid >> pass & 1) << 4);
         }
 
         // The way through registers: eight elements, wherever they start and however many there are.
-        static __device__ __forceinline__ uint4 load_chunk(const element *from, int32_t count)
+        static __device__ __forceinline__ uint4 load_chunk(const unsigned char *from, int32_t count)
         {
             if (count >= 8 && (reinterpret_cast<uintptr_t>(from) & 15) == 0)
                 return *reinterpret_cast<const uint4 *>(from);
@@ -190,14 +215,16 @@ struct gemm_mma {
                                              int32_t step) const
         {
             int32_t at = step * kTileK;
-            int32_t left = k_end - at - k;
+            int32_t left = k_end - at;
 #pragma unroll
             for (int pass = 0; pass < kTokenPasses; ++pass)
-                held[pass] = load_chunk(token[pass] + at, token_valid >> pass & 1 ? left : 0);
+                held[pass] = load_chunk(token[pass] + at * int64_t{sizeof(element)},
+                                        token_valid >> pass & 1 ? left : 0);
 #pragma unroll
             for (int pass = 0; pass < kWeightPasses; ++pass)
-                held[kTokenPasses + pass] = load_chunk(weight + at + pass * weight_step,
-                                                       weight_valid >> pass & 1 ? left : 0);
+                held[kTokenPasses + pass] = load_chunk(
+                    weight + at * int64_t{sizeof(element)} + pass * weight_step,
+                    weight_valid >> pass & 1 ? left : 0);
         }
 
         __device__ __forceinline__ void store(const uint4 (&held)[kTokenPasses + kWeightPasses],
@@ -291,6 +318,35 @@ struct gemm_mma {
         }
     };
 
+    // Thread r knows row r of the tile: its slot, -1 where there is none. Asked for early, used late.
+    template <class Args>
+    static __device__ __forceinline__ int32_t load_slot(const work &work, const Args &args)
+    {
+        int32_t r = threadIdx.x;
+        return r < work.num_rows ? args.sorted_token_ids[work.row_begin + r] : -1;
+    }
+
+    // The token of a slot, -1 for none. What sorted_token_ids says is not trusted: stages can be called alone.
+    template <class Args>
+    static __device__ __forceinline__ int32_t token_of(int32_t slot, const Args &args)
+    {
+        int32_t token = slot / args.topk;
+        return slot >= 0 && token < args.num_tokens ? token : -1;
+    }
+
+    // The weight of each row, 0 where there is no token. Visible after the next barrier.
+    template <class Args>
+    static __device__ __forceinline__ void store_weight(shared &smem, int32_t slot, const Args &args)
+    {
+        if (!args.topk_weights || threadIdx.x >= kRows) return;
+        int32_t token = token_of(slot, args);
+        smem.row_weight[threadIdx.x] =
+            token >= 0 ? load_f32(args.topk_weights,
+                                  token * args.weights_stride + (slot - token * args.topk),
+                                  args.weights_dtype)
+                       : 0.0f;
+    }
+
     // Four neighbouring sums of a row, kWarpsK parts in order. After a __syncthreads.
     static __device__ __forceinline__ float4 read_sums(const shared &smem, int32_t row, int32_t col)
     {
@@ -321,7 +377,20 @@ struct gemm_mma {
         }
     }
 
-    // After prefetch_weights and set_tokens: all of K, then the sums in shared memory, visible to all.
+    // After it the token rows of these stages; group s of a thread's copies is then stage s.
+    static __device__ __forceinline__ void prefetch_tokens(shared &smem, const copier &copy,
+                                                           int32_t num_steps)
+    {
+        if constexpr (kVector) {
+#pragma unroll
+            for (int s = 0; s < kStages - 1; ++s) {
+                if (s < num_steps) copy.copy_tokens(smem, s, s);
+                cp_async_commit();
+            }
+        }
+    }
+
+    // After prefetch_weights and prefetch_tokens: all of K, then the sums in shared memory, visible to all.
     static __device__ __forceinline__ void run(shared &smem, const copier &copy, int32_t num_rows,
                                                int32_t num_steps)
     {
@@ -329,43 +398,43 @@ struct gemm_mma {
         math.start(smem);
         // A warp whose rows are all past the tile leaves the tensor cores to the others.
         bool active = kWarpsM == 1 || math.warp_m * (kFragsM * 16) < num_rows;
-        if constexpr (kVector) run_async(smem, copy, math, active, num_steps);
-        else run_registers(smem, copy, math, active, num_steps);
+        if constexpr (kVector) {
+            if (active) run_async<true>(smem, copy, math, num_steps);
+            else run_async<false>(smem, copy, math, num_steps);
+        } else {
+            run_registers(smem, copy, math, active, num_steps);
+        }
         math.stage_sums(smem);
         __syncthreads();
     }
 
+    // kActive: a warp with rows in the tile. The others only copy, and meet at the same barriers.
+    template <bool kActive>
     static __device__ __forceinline__ void run_async(shared &smem, const copier &copy,
-                                                     multiplier &math, bool active,
-                                                     int32_t num_steps)
+                                                     multiplier &math, int32_t num_steps)
     {
         fragments f[2];
-        // Group s of this thread: the token rows of stage s; the weights came before group 0.
-#pragma unroll
-        for (int s = 0; s < kStages - 1; ++s) {
-            if (s < num_steps) copy.copy_tokens(smem, s, s);
-            cp_async_commit();
-        }
         cp_async_wait<kStages - 2>();
         __syncthreads();
-        if (active) math.load(f[0], 0, 0);
+        if constexpr (kActive) math.load(f[0], 0, 0);
 
         int stage = 0, fill = kStages - 1; // where step kt is, where step kt + kStages - 1 goes
         for (int32_t kt = 0; kt < num_steps; ++kt) {
-            // Every warp has left the stage to fill: its last ldmatrix came before the last barrier.
-            if (kt + kStages - 1 < num_steps) {
-                copy.copy_weights(smem, kt + kStages - 1, fill);
-                copy.copy_tokens(smem, kt + kStages - 1, fill);
-            }
-            cp_async_commit();
             int next = stage + 1 == kStages ? 0 : stage + 1;
+            bool more = kt + kStages - 1 < num_steps;
 #pragma unroll
             for (int step = 0; step < kSteps; ++step) {
+                // Every warp has left the stage to fill: its last ldmatrix came before the last barrier.
+                if (more) {
+                    copy.template copy_weights<kSteps>(smem, kt + kStages - 1, fill, step);
+                    copy.template copy_tokens<kSteps>(smem, kt + kStages - 1, fill, step);
+                }
                 if (step == kSteps - 1) {
+                    cp_async_commit();
                     cp_async_wait<kStages - 2>(); // step kt + 1 has landed
                     __syncthreads();
                 }
-                if (active) {
+                if constexpr (kActive) {
                     // The next fragments are under way while these multiply.
                     if constexpr (kSteps == 1) {
                         math.load(f[1], next, 0);

@@ -89,7 +89,7 @@ static __device__ __forceinline__ void route(const moe_route_args &args, int64_t
     }
 }
 
-extern "C" __global__ void __launch_bounds__(MOE_ROUTE_THREADS)
+extern "C" __global__ void __launch_bounds__(MOE_ROUTE_THREADS, 1)
     moe_route(const __grid_constant__ moe_route_args args)
 {
     grid_dependency_wait();
