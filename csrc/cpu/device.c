@@ -102,7 +102,7 @@ static void read_region(void *context, int thread)
 double moe_cpu_read_bandwidth(void)
 {
     read_run run = {.simd = moe_get_simd(), .bytes = 256 << 20};
-    while (run.bytes < 8 * cache_bytes() && run.bytes < (int64_t)4 << 30)
+    while (run.bytes < 3 * cache_bytes() && run.bytes < (int64_t)1 << 30)
         run.bytes *= 2;
     void *data =
         mmap(NULL, (size_t)run.bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -31,10 +31,10 @@ def run(name="qwen3_30b", device="auto", dtype="bfloat16", tokens=(1, 16, 256), 
         f"{sizes.num_experts} experts, top-{sizes.topk}, {dtype}, {nbytes / 1e9:.2f} GB of weights"
     )
     print(f"{backend.name}: {backend.text}")
+    bandwidth = backend.read_bandwidth()  # before there are weights: it needs memory of its own
     with _progress(nbytes) as progress:
         host = generate.layer(sizes, dtype, seed, progress)
     weights = [backend.put(array) for array in host]
-    bandwidth = backend.read_bandwidth()
     print(f"memory: {bandwidth / 1e9:.1f} GB/s read, measured now\n")
     print("  tokens        time   weights   of memory's   error against float64, and the")
     print("                          GB/s     bandwidth   most that the dtype allows")
