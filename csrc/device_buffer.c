@@ -568,7 +568,7 @@ static PyObject *device_graph_elapsed(PyObject *module, PyObject *const *args, P
         moe_fail(&err, MOE_ERROR_VALUE, "replays: expected 1 .. 1000000, got %" PRId32, replays);
         return raise_error(&err);
     }
-    float *milliseconds = malloc((size_t)replays * sizeof *milliseconds);
+    float *milliseconds = calloc((size_t)replays, sizeof *milliseconds);
     if (milliseconds == NULL) return PyErr_NoMemory();
     Py_BEGIN_ALLOW_THREADS
     moe_cuda_elapsed(device, graph, stream, replays, milliseconds, &err);
