@@ -55,8 +55,10 @@ def normal(shape, dtype, scale, seed, progress=None):
 
 
 def layer(sizes, dtype, seed=0, progress=None):
-    """(w13, w2) of a layer of `sizes`, a models.Model, scaled so that outputs are like inputs."""
+    """(w13, w2) of a layer of `sizes`, a models.Model, scaled so that outputs are like inputs.
+    `seed`: an int or a tuple of ints."""
+    seed = tuple(seed) if isinstance(seed, tuple) else (seed,)
     e, i, h = sizes.num_experts, sizes.intermediate_size, sizes.hidden_size
-    w13 = normal((e, 2 * i, h), dtype, h**-0.5, (seed, 13), progress)
-    w2 = normal((e, h, i), dtype, i**-0.5, (seed, 2), progress)
+    w13 = normal((e, 2 * i, h), dtype, h**-0.5, (*seed, 13), progress)
+    w2 = normal((e, h, i), dtype, i**-0.5, (*seed, 2), progress)
     return w13, w2
