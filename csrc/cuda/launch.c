@@ -260,8 +260,9 @@ int moe_cuda_probe_hopper(int device, double *max_error, moe_error *err)
     int pushed = 0;
     if (moe_driver_get(&driver, err) || moe_device_get(device, &state, err)) return err->status;
     if (!state->kernels[KERNEL_HOPPER_PROBE].function)
-        return moe_fail(err, MOE_ERROR_NOT_IMPLEMENTED, "device: the Hopper probe needs compute capability 9.0, got %d.%d (%s)",
-                        state->info.capability / 10, state->info.capability % 10, state->info.name);
+        return moe_fail(err, MOE_ERROR_NOT_IMPLEMENTED, "device: the Hopper probe is sm_90a machine code, which %s (compute capability "
+                        "%d.%d) does not run%s", state->info.name, state->info.capability / 10, state->info.capability % 10,
+                        state->info.capability == 90 ? " while CUDA_FORCE_PTX_JIT is set" : "");
     if (moe_cuda_alloc(device, PROBE * PROBE * 8, &buffer, err)) return err->status;
     if (!moe_context_enter(driver, state, &pushed, err)) {
         run_probe(driver, state, device, (CUdeviceptr)(uintptr_t)buffer, max_error, err);
