@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 
@@ -46,26 +47,45 @@ IDLE_SECONDS, HOT_SECONDS = 0.7, 2.5
 
 
 class Layer:
-    """The weights of one model on one backend, made once for all its points."""
+    """The weights of one model on one backend, made once for all its points.
 
-    def __init__(self, backend, name, dtype, max_tokens, seed=0, progress=None):
+    pool: an executor that makes weights and oracle results beside the timing, or None: in turn. A
+    GPU's events do not notice what the host does meanwhile; a CPU's clock would.
+    """
+
+    def __init__(self, backend, name, dtype, max_tokens, seed=0, pool=None):
         self.backend, self.name, self.sizes, self.dtype = backend, name, model(name), dtype
-        self.seed = seed
+        self.seed, self.pool = seed, pool
         full = DTYPES[dtype]
-        self.host = generate.layer(self.sizes, full, (seed, 0), progress)
-        self.weights = [[backend.put(array) for array in self.host]]
-        if backend.name == "cuda":
-            second = generate.layer(self.sizes, full, (seed, 1), progress)
-            self.weights.append([backend.put(array) for array in second])
+        seeds = [(seed, 0), (seed, 1)] if backend.name == "cuda" else [(seed, 0)]
+        sets = (pool.map if pool else map)(lambda own: generate.layer(self.sizes, full, own), seeds)
+        self.weights = []
+        for host in sets:
+            self.host = self.host if self.weights else host  # of the first set, for the oracle
+            self.weights.append([backend.put(array) for array in host])
         shape = (max_tokens, self.sizes.hidden_size)
         self.x = generate.normal(shape, full, 1.0, (seed, 2))
+        self.wanted = {}
+
+    def expect(self, num_tokens):
+        """Starts on the oracle's result for the first call of a point, where there is a pool."""
+        if self.pool:
+            self.wanted[num_tokens] = self.pool.submit(self.oracle, num_tokens)
+
+    def oracle(self, num_tokens):
+        """(tokens, want, error) of the first call of a point."""
+        tokens = sampled(num_tokens)
+        pair = routing(num_tokens, self.sizes, (self.seed, num_tokens, 0))
+        return tokens, *reference.fused_experts_error(
+            self.x[:num_tokens], *self.host, *pair, tokens=tokens
+        )
 
     def measure(self, num_tokens, case="uniform"):
         """The record of one point. RuntimeError where the result is not within its bound."""
         backend, dtype = self.backend, DTYPES[self.dtype]
-        calls, x, routings, out = self._calls(num_tokens)
+        calls, out = self._calls(num_tokens)
         calls[0]()
-        report = self.check(x, routings[0], out)
+        report = self.check(num_tokens, out)
         replay = backend.prepare(calls)
         if num_tokens >= LARGE and backend.name == "cuda":
             time.sleep(IDLE_SECONDS)
@@ -122,16 +142,16 @@ class Layer:
             weights = self.weights[i % len(self.weights)]
             tensors = [backend.put(array) for array in pair]
             calls.append(lambda weights=weights, tensors=tensors: call(weights, *tensors))
-        return calls, x, routings, out
+        return calls, out
 
-    def check(self, x, pair, out):
-        """Holds the `out` of a call against the oracle on some tokens; RuntimeError if wrong."""
-        chosen = sampled(x.shape[0])
-        want, error = reference.fused_experts_error(x, *self.host, *pair, tokens=chosen)
-        got = np.concatenate([np.asarray(self.backend.rows(out, t, t + 1)) for t in chosen])
+    def check(self, num_tokens, out):
+        """Holds the `out` of the first call against the oracle; RuntimeError if it is wrong."""
+        future = self.wanted.pop(num_tokens, None)
+        tokens, want, error = future.result() if future else self.oracle(num_tokens)
+        got = np.concatenate([np.asarray(self.backend.rows(out, t, t + 1)) for t in tokens])
         report = reference.compare(got, want, error)
         if not report.ok:
-            point = f"{self.name} {self.dtype} {x.shape[0]} tokens"
+            point = f"{self.name} {self.dtype} {num_tokens} tokens"
             raise RuntimeError(f"{point}: wrong result, not timed: {report.message}")
         return report
 
@@ -316,15 +336,18 @@ def run(backend, models, tokens, dtype="bf16", case="uniform", save=None):
     save: None, or a function that takes the records of one model when it is done.
     """
     read_rate, flops_rate = rates(backend)
+    pool = ThreadPoolExecutor(4) if backend.name == "cuda" else None
     itemsize = generate.dtype_of(DTYPES[dtype]).itemsize
     all_records = []
     for name in models:
         begin = time.perf_counter()
-        layer = Layer(backend, name, dtype, max(tokens))
+        layer = Layer(backend, name, dtype, max(tokens), pool=pool)
         print(f"\n{name} {dtype}, made in {time.perf_counter() - begin:.1f} s", flush=True)
         print(f"{'tokens':>8} {'us':>10} {'spread':>7} {'hot':>10} {'weights GB/s':>13} ", end="")
         print(f"{'TFLOP/s':>8} {'of floor':>9} {'rel_rms':>9}  plan", flush=True)
         records = []
+        for num_tokens in tokens:
+            layer.expect(num_tokens)
         for num_tokens in tokens:
             record = layer.measure(num_tokens, case)
             records.append(record)
