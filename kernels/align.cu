@@ -19,10 +19,10 @@ static constexpr int kThreads = MOE_ALIGN_THREADS;
 static constexpr int kWarps = kThreads / 32;
 static constexpr int kMaxExperts = 1024;
 static constexpr int kThreadExperts = kMaxExperts / kThreads; // experts of a thread in a scan
-static constexpr int kTurns = 16;         // slots of a thread in one piece
-static constexpr int kPieceSlots = kTurns * kThreads; // slots that a block places at a time
-static_assert(kPieceSlots < 65536, "16-bit counters hold a piece");
-static_assert(kPieceSlots >= MOE_ALIGN_ONE_SLOTS, "moe_align_one places all slots as one piece");
+// A block places its slots in pieces; a thread holds kTurns slots of a piece.
+static constexpr int kTurnsOne = 4, kTurnsPlace = 8;
+static_assert(kTurnsPlace * kThreads < 65536, "16-bit counters hold a piece");
+static_assert(kTurnsOne * kThreads >= MOE_ALIGN_ONE_SLOTS, "moe_align_one has one piece");
 
 struct shared {
     // Slots of expert e seen by warp w; after the scan: those of the warps before w.
@@ -138,7 +138,9 @@ static __device__ __forceinline__ int32_t warps_of(int32_t num_slots)
 }
 
 // What a thread holds of a piece: the experts of slots first, first + 32, ...; all asked for at once.
+template <int kTurns_>
 struct held_slots {
+    static constexpr int kTurns = kTurns_;
     int32_t first, turns; // turns is the same for the whole warp
     int32_t expert[kTurns];
     uint32_t same[kTurns]; // lanes with the same expert in this turn
@@ -157,8 +159,9 @@ static __device__ __forceinline__ uint32_t same_lanes(int32_t x, int32_t bits)
     return same;
 }
 
+template <class Held>
 static __device__ __forceinline__ void load_slots(const moe_align_args &args, int64_t begin,
-                                                  int32_t num_slots, held_slots &held)
+                                                  int32_t num_slots, Held &held)
 {
     int32_t warps = warps_of(num_slots), warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int32_t share = ((num_slots + warps - 1) / max(warps, 1) + 31) / 32 * 32;
@@ -166,22 +169,23 @@ static __device__ __forceinline__ void load_slots(const moe_align_args &args, in
     held.first = warp * share + lane;
     held.turns = warp < warps ? max(0, end - warp * share + 31) / 32 : 0;
 #pragma unroll
-    for (int t = 0; t < kTurns; ++t) {
+    for (int t = 0; t < Held::kTurns; ++t) {
         int32_t slot = held.first + t * 32;
         held.expert[t] = slot < end ? local_expert(args, begin + slot) : -1;
     }
 }
 
 // Count a piece: count[w][e]. Barriers: before (counters free) is the caller's, none after.
+template <class Held>
 static __device__ __forceinline__ void count_piece(const moe_align_args &args, shared &smem,
-                                                   held_slots &held)
+                                                   Held &held)
 {
     int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int32_t bits = 32 - __clz(args.num_experts); // num_experts itself stands for dropped
     for (int32_t e = lane; e < args.num_experts; e += 32) smem.count[warp][e] = 0;
     __syncwarp();
 #pragma unroll
-    for (int t = 0; t < kTurns; ++t) {
+    for (int t = 0; t < Held::kTurns; ++t) {
         if (t >= held.turns) break;
         int32_t expert = held.expert[t];
         uint32_t same = same_lanes(expert >= 0 ? expert : args.num_experts, bits);
@@ -205,13 +209,14 @@ static __device__ __forceinline__ int32_t scan_warps(shared &smem, int32_t exper
 }
 
 // start[e], count[w][e] -> row_of_slot and sorted_token_ids of the piece.
+template <class Held>
 static __device__ __forceinline__ void place_piece(const moe_align_args &args, shared &smem,
                                                    int64_t begin, int32_t num_slots,
-                                                   const held_slots &held)
+                                                   const Held &held)
 {
     int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
-    for (int t = 0; t < kTurns; ++t) {
+    for (int t = 0; t < Held::kTurns; ++t) {
         if (t >= held.turns) break;
         int32_t expert = held.expert[t], slot = held.first + t * 32;
         uint32_t same = held.same[t];
@@ -246,7 +251,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     grid_dependency_wait();
     grid_launch_dependents();
     int32_t num_slots = static_cast<int32_t>(args.num_tokens * args.topk);
-    held_slots held;
+    held_slots<kTurnsOne> held;
     load_slots(args, 0, num_slots, held);
     count_piece(args, smem, held);
     __syncthreads();
@@ -367,9 +372,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     grid_launch_dependents();
     const int32_t *starts = args.counts + static_cast<int64_t>(blockIdx.x) * args.num_experts;
     for (int32_t e = threadIdx.x; e < args.num_experts; e += kThreads) smem.start[e] = starts[e];
+    constexpr int64_t kPieceSlots = kTurnsPlace * kThreads;
     for (; begin < end; begin += kPieceSlots) {
-        int32_t num_slots = static_cast<int32_t>(min(end - begin, static_cast<int64_t>(kPieceSlots)));
-        held_slots held;
+        int32_t num_slots = static_cast<int32_t>(min(end - begin, kPieceSlots));
+        held_slots<kTurnsPlace> held;
         load_slots(args, begin, num_slots, held);
         count_piece(args, smem, held);
         __syncthreads();

@@ -206,9 +206,9 @@ typedef struct moe_combine_args {
 
 /* Thread blocks of the other stages. */
 #define MOE_ALIGN_THREADS   512
-#define MOE_ALIGN_ONE_SLOTS 8192 /* up to here moe_align_one; above: count, scan, place */
-#define MOE_ALIGN_BLOCK_SLOTS 1024 /* slots per block of count and place that keep them short */
-#define MOE_ALIGN_MAX_BLOCKS  1024
+#define MOE_ALIGN_ONE_SLOTS   2048 /* up to here moe_align_one; above: count, scan, place */
+#define MOE_ALIGN_BLOCK_SLOTS 512 /* slots per block of count and place, until there are */
+#define MOE_ALIGN_MAX_BLOCKS  64  /* so many blocks: scan walks over all of them */
 #define MOE_ROUTE_THREADS   128 /* one warp per token: ceil(num_tokens / 4) blocks */
 #define MOE_COMBINE_THREADS 128 /* a thread does 8 columns: num_tokens * ceil(hidden_size / 1024) blocks */
 #define MOE_COMBINE_COLS    (8 * MOE_COMBINE_THREADS)
