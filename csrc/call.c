@@ -35,6 +35,7 @@ void call_begin(call_frame *f, module_state *state, moe_operation operation, con
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; ++i) {
         tensor_absent(tensors[i]);
         tensors[i]->readonly = false;
+        tensors[i]->span_bytes = 0;
         tensors[i]->backend = MOE_CPU;
         tensors[i]->device = 0;
         tensors[i]->dtype = MOE_DTYPE_NONE;
@@ -381,7 +382,8 @@ static int prepare(call_frame *f, PyObject *stream_object, void **stream)
         missing |= f->outputs[i].object == NULL;
     PyObject *context = NULL;
     if (f->like->backend == MOE_CUDA) {
-        if (moe_cuda_survived_fork(&f->err)) return f->err.status; /* before the framework trips over it */
+        if (moe_cuda_survived_fork(&f->err))
+            return f->err.status; /* before the framework trips over it */
         if (stream_object == Py_None) {
             if (current_stream(f, stream)) return f->err.status;
         } else if (missing && enter_stream(f, *stream, &context))

@@ -1,32 +1,21 @@
-/* dtype.c: sizes and names of element types, and tensors as text for messages. */
+/* dtype.c: names of element types, and tensors as text for messages. */
 #include "moe.h"
 
 #include <inttypes.h>
 #include <stdio.h>
 
-static const struct {
-    const char *name;
-    int64_t bytes;
-} DTYPES[MOE_DTYPE_COUNT] = {
-    [MOE_DTYPE_NONE] = {"unknown", 0},       [MOE_F32] = {"float32", 4},
-    [MOE_BF16] = {"bfloat16", 2},            [MOE_F16] = {"float16", 2},
-    [MOE_I32] = {"int32", 4},                [MOE_I64] = {"int64", 8},
-    [MOE_U8] = {"uint8", 1},                 [MOE_I8] = {"int8", 1},
-    [MOE_U16] = {"uint16", 2},               [MOE_I16] = {"int16", 2},
-    [MOE_F8E4M3] = {"float8_e4m3fn", 1},     [MOE_F8E5M2] = {"float8_e5m2", 1},
-    [MOE_F8E8M0] = {"float8_e8m0fnu", 1},    [MOE_F4E2M1] = {"float4_e2m1fn", 1},
-    [MOE_F64] = {"float64", 8},              [MOE_BOOL] = {"bool", 1},
-    [MOE_U32] = {"uint32", 4},               [MOE_U64] = {"uint64", 8},
+static const char *const NAMES[MOE_DTYPE_COUNT] = {
+    [MOE_DTYPE_NONE] = "unknown",      [MOE_F32] = "float32",           [MOE_BF16] = "bfloat16",
+    [MOE_F16] = "float16",             [MOE_I32] = "int32",             [MOE_I64] = "int64",
+    [MOE_U8] = "uint8",                [MOE_I8] = "int8",               [MOE_U16] = "uint16",
+    [MOE_I16] = "int16",               [MOE_F8E4M3] = "float8_e4m3fn",  [MOE_F8E5M2] = "float8_e5m2",
+    [MOE_F8E8M0] = "float8_e8m0fnu",   [MOE_F4E2M1] = "float4_e2m1fn",  [MOE_F64] = "float64",
+    [MOE_BOOL] = "bool",               [MOE_U32] = "uint32",            [MOE_U64] = "uint64",
 };
-
-int64_t moe_dtype_bytes(int32_t dtype)
-{
-    return dtype > 0 && dtype < MOE_DTYPE_COUNT ? DTYPES[dtype].bytes : 0;
-}
 
 const char *moe_dtype_name(int32_t dtype)
 {
-    return dtype > 0 && dtype < MOE_DTYPE_COUNT ? DTYPES[dtype].name : DTYPES[0].name;
+    return NAMES[(uint32_t)dtype < MOE_DTYPE_COUNT ? dtype : MOE_DTYPE_NONE];
 }
 
 const char *moe_tensor_text(const moe_tensor *t, char *text, size_t size)

@@ -32,13 +32,22 @@ typedef struct moe_tensor {
     int32_t lanes_packed;         /* elements per storage unit: 1, or 2 for two fp4 in a byte */
     moe_backend backend;
     int32_t device;
+    int64_t span_bytes; /* from data to the end of the last element; 0 where there are no elements */
     bool readonly;
 } moe_tensor;
 
 static inline bool tensor_present(const moe_tensor *t) { return t->ndim >= 0; }
 
-/* Sizes in bytes and names ("bfloat16") of MOE_F32 ...; dtype.c. */
-int64_t moe_dtype_bytes(int32_t dtype);
+/* Sizes in bytes of MOE_F32 ...; inline, since every check of every tensor asks. */
+static inline int64_t moe_dtype_bytes(int32_t dtype)
+{
+    static const uint8_t BYTES[MOE_DTYPE_COUNT] = {
+        [MOE_F32] = 4,    [MOE_BF16] = 2,   [MOE_F16] = 2,    [MOE_I32] = 4,    [MOE_I64] = 8, [MOE_U8] = 1,
+        [MOE_I8] = 1,     [MOE_U16] = 2,    [MOE_I16] = 2,    [MOE_F8E4M3] = 1, [MOE_F8E5M2] = 1,
+        [MOE_F8E8M0] = 1, [MOE_F4E2M1] = 1, [MOE_F64] = 8,    [MOE_BOOL] = 1,   [MOE_U32] = 4, [MOE_U64] = 8};
+    return (uint32_t)dtype < MOE_DTYPE_COUNT ? BYTES[dtype] : 0;
+}
+/* "bfloat16"; dtype.c. */
 const char *moe_dtype_name(int32_t dtype);
 /* "float32 [512, 8]" into text; returns text. */
 const char *moe_tensor_text(const moe_tensor *t, char *text, size_t size);

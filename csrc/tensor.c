@@ -172,6 +172,7 @@ int tensor_describe(const char *name, void *data, int32_t dtype, int32_t ndim, c
     tensor->lanes_packed = 1;
     tensor->backend = MOE_CPU;
     tensor->device = 0;
+    tensor->span_bytes = empty ? 0 : last * bytes + bytes;
     tensor->readonly = false;
     return MOE_OK;
 }

@@ -50,13 +50,6 @@ static const char *dtypes_text(const int32_t *dtypes, char *text, size_t size)
     return text;
 }
 
-static int64_t num_elements(const moe_tensor *t)
-{
-    int64_t count = 1;
-    for (int i = 0; i < t->ndim; ++i) count *= t->shape[i];
-    return count;
-}
-
 /* kind, dtype, rank, extents, strides, element alignment, read-only. Texts are made where a check fails
  * only: ten tensors of a call that is right have to cost nanoseconds. */
 static int check_tensor(const expectation *want, moe_error *err)
@@ -82,7 +75,7 @@ static int check_tensor(const expectation *want, moe_error *err)
                             want->shape_text, moe_tensor_text(t, got, sizeof got));
         }
     }
-    if (num_elements(t) == 0) return MOE_OK;
+    if (t->span_bytes == 0) return MOE_OK;
     int64_t bytes = moe_dtype_bytes(t->dtype);
     for (int i = 0; i < t->ndim; ++i) {
         if (t->shape[i] > 1 && t->stride[i] < 0)
@@ -118,10 +111,9 @@ static int check_tensor(const expectation *want, moe_error *err)
     return MOE_OK;
 }
 
-static int check_device(const char *name, const moe_tensor *t, const char *like_name, const moe_tensor *like,
-                        moe_error *err)
+static int fail_device(const char *name, const moe_tensor *t, const char *like_name, const moe_tensor *like,
+                       moe_error *err)
 {
-    if (!tensor_present(t) || (t->backend == like->backend && t->device == like->device)) return MOE_OK;
     char want[32], got[32];
     if (like->backend == MOE_CPU) snprintf(want, sizeof want, "cpu");
     else snprintf(want, sizeof want, "cuda:%d", like->device);
@@ -130,22 +122,19 @@ static int check_device(const char *name, const moe_tensor *t, const char *like_
     return moe_fail(err, MOE_ERROR_VALUE, "%s: expected device %s like %s, got %s", name, want, like_name, got);
 }
 
-static void byte_range(const moe_tensor *t, uintptr_t *begin, uintptr_t *end)
+static inline int check_device(const char *name, const moe_tensor *t, const char *like_name, const moe_tensor *like,
+                               moe_error *err)
 {
-    *begin = *end = (uintptr_t)t->data;
-    if (!tensor_present(t) || num_elements(t) == 0) return;
-    int64_t reach = 1;
-    for (int i = 0; i < t->ndim; ++i) reach += (t->shape[i] - 1) * t->stride[i];
-    *end = *begin + (uintptr_t)(reach * moe_dtype_bytes(t->dtype));
+    if (!tensor_present(t) || (t->backend == like->backend && t->device == like->device)) return MOE_OK;
+    return fail_device(name, t, like_name, like, err);
 }
 
 static bool overlaps(const moe_tensor *a, const moe_tensor *b)
 {
-    if (!tensor_present(a) || !tensor_present(b) || a->backend != b->backend || a->device != b->device) return false;
-    uintptr_t a_begin, a_end, b_begin, b_end;
-    byte_range(a, &a_begin, &a_end);
-    byte_range(b, &b_begin, &b_end);
-    return a_begin < b_end && b_begin < a_end;
+    if (!tensor_present(b) || a->span_bytes == 0 || b->span_bytes == 0) return false;
+    const uintptr_t a_begin = (uintptr_t)a->data, b_begin = (uintptr_t)b->data;
+    return a_begin < b_begin + (uintptr_t)b->span_bytes && b_begin < a_begin + (uintptr_t)a->span_bytes &&
+           a->backend == b->backend && a->device == b->device;
 }
 
 /* Same memory, same layout: safe where an element is read before the same element is written. */
@@ -176,7 +165,7 @@ static int check_slots(const char *name, int64_t num_tokens, int64_t topk, moe_e
 /* 16 where every row starts on 16 bytes and holds whole 16-byte pieces, else the element's size */
 static int32_t vector_bytes(const moe_tensor *t, int32_t so_far)
 {
-    if (!tensor_present(t) || num_elements(t) == 0) return so_far;
+    if (!tensor_present(t) || t->span_bytes == 0) return so_far;
     int64_t bytes = moe_dtype_bytes(t->dtype), last = t->ndim - 1;
     bool aligned = (uintptr_t)t->data % 16 == 0 && t->shape[last] * bytes % 16 == 0;
     for (int i = 0; i < last; ++i) aligned = aligned && (t->shape[i] <= 1 || t->stride[i] * bytes % 16 == 0);
@@ -249,6 +238,7 @@ typedef struct named_tensor {
 static int check_overlap(const named_tensor *written, const named_tensor *others, int count, const moe_tensor *const *allowed,
                          int num_allowed, moe_error *err)
 {
+    if (!tensor_present(written->tensor)) return MOE_OK;
     for (int i = 0; i < count; ++i) {
         if (!overlaps(written->tensor, others[i].tensor)) continue;
         bool fine = false;
