@@ -1,11 +1,12 @@
-/* binding.h: what the files that face Python share: module state, the argument parser, one call from arguments to
- * result. module.c, parse.c, call.c, experts.c and device_buffer.c; nothing below them includes Python.h. */
+/* binding.h: what the files that face Python share: module state, the argument parser, one call
+ * from arguments to result. module.c, parse.c, call.c, experts.c and device_buffer.c; nothing
+ * below them includes Python.h. */
 #ifndef MOE_BINDING_H
 #define MOE_BINDING_H
 
 #include "tensor.h"
 
-/* ---- signatures -------------------------------------------------------------------------------------- */
+/* ---- signatures ------------------------------------------------------------------------------ */
 
 /* The keyword arguments of the layer, in the one order that every function with them has. */
 enum {
@@ -73,7 +74,7 @@ typedef struct signature {
 
 extern const signature moe_signatures[NUM_SIGNATURES]; /* parse.c; constant */
 
-/* ---- module state ------------------------------------------------------------------------------------ */
+/* ---- module state ---------------------------------------------------------------------------- */
 
 enum { NUM_CHOICES = 32, PLAN_SLOTS = 64, PLAN_PROBES = 4 };
 
@@ -91,8 +92,8 @@ typedef struct module_state {
     PyObject *choices[NUM_CHOICES];  /* interned values of string arguments, parse.c */
     PyObject *cuda_stream, *torch_cuda_stream; /* "__cuda_stream__", "cuda_stream" */
     PyObject *experts_type, *buffer_type;
-    /* Plans by problem and device, never more than PLAN_SLOTS: a full row of PLAN_PROBES slots loses one. Touched with
-     * the GIL held only, and copied out before it is released. */
+    /* Plans by problem and device, never more than PLAN_SLOTS: a full row of PLAN_PROBES slots
+     * loses one. Touched with the GIL held only, and copied out before it is released. */
     plan_entry plans[PLAN_SLOTS];
     unsigned plan_evictions;
     int64_t workspace_limit; /* FUSEDMOE_WORKSPACE_LIMIT or the default */
@@ -108,13 +109,13 @@ static inline void error_clear(moe_error *err)
     err->text[0] = 0;
 }
 
-/* ---- parse.c ----------------------------------------------------------------------------------------- */
+/* ---- parse.c --------------------------------------------------------------------------------- */
 
 int parse_init(module_state *state, moe_error *err);
 void parse_clear(module_state *state);
 
-/* Arguments in the order of the signature, Py_None where not given; borrowed. The result is args itself where everything
- * came by position, else values. NULL: err is set. */
+/* Arguments in the order of the signature, Py_None where not given; borrowed. The result is args
+ * itself where everything came by position, else values. NULL: err is set. */
 PyObject *const *parse_arguments(module_state *state, signature_id id, PyObject *const *args,
                                  Py_ssize_t nargs, PyObject *kwnames, PyObject **values,
                                  moe_error *err);
@@ -151,7 +152,7 @@ void default_options(moe_options *options);
 int parse_layer_options(module_state *state, PyObject *const *kw, moe_options *options,
                         int32_t *dtype, moe_error *err);
 
-/* ---- call.c ------------------------------------------------------------------------------------------ */
+/* ---- call.c ---------------------------------------------------------------------------------- */
 
 /* A tensor that a call writes: the caller's, or allocated by the framework of the prototype. */
 typedef struct call_output {
@@ -191,8 +192,9 @@ int call_numbers(call_frame *f, PyObject *object, const char *name, moe_tensor *
 /* hidden_states, intermediate, rows or what else decides framework, device and stream. */
 int call_prototype(call_frame *f, PyObject *object, const char *name, moe_tensor *tensor);
 void call_output_add(call_frame *f, const char *name, PyObject *given, moe_tensor *tensor);
-/* Validate, plan, allocate what is missing, run, wrap. Returns the output, or a tuple of them, or NULL with an exception.
- * Releases everything the frame holds, also after an earlier error (f->err). */
+/* Validate, plan, allocate what is missing, run, wrap. Returns the output, or a tuple of them,
+ * or NULL with an exception. Releases everything the frame holds, also after an earlier error
+ * (f->err). */
 PyObject *call_finish(call_frame *f, PyObject *stream);
 
 int find_plan(module_state *state, const moe_problem *problem, moe_backend backend, int32_t device,
@@ -200,16 +202,16 @@ int find_plan(module_state *state, const moe_problem *problem, moe_backend backe
 /* dtype= on one tensor */
 void reinterpret(moe_tensor *tensor, int32_t dtype);
 
-/* ---- experts.c --------------------------------------------------------------------------------------- */
+/* ---- experts.c ------------------------------------------------------------------------------- */
 
 extern PyType_Spec moe_experts_spec;
-/* Scratch of `experts` for the frame's plan on stream, into call.workspace; 0 and no workspace where it has none that
- * fits or another thread is launching with it. */
+/* Scratch of `experts` for the frame's plan on stream, into call.workspace; 0 and no workspace
+ * where it has none that fits or another thread is launching with it. */
 int experts_take_scratch(struct experts_object *experts, call_frame *f, int64_t required,
                          void *stream);
 void experts_give_scratch(struct experts_object *experts, const call_frame *f);
 
-/* ---- device_buffer.c --------------------------------------------------------------------------------- */
+/* ---- device_buffer.c ------------------------------------------------------------------------- */
 
 extern PyType_Spec moe_buffer_spec, moe_view_spec;
 extern PyMethodDef moe_device_methods[]; /* ends with {0} */

@@ -2,15 +2,15 @@
  *
  *   validate -> plan (cached) -> allocate what the caller left out -> run without the GIL -> result
  *
- * Nothing is written before the last check has passed. On the fast path (table tensors, out and workspace given, a plan
- * that is cached) nothing is allocated and no Python code runs. */
+ * Nothing is written before the last check has passed. On the fast path (table tensors, out and
+ * workspace given, a plan that is cached) nothing is allocated and no Python code runs. */
 #include "binding.h"
 #include "cuda/cuda.h"
 
 #include <inttypes.h>
 #include <string.h>
 
-/* ---- imports ----------------------------------------------------------------------------------------- */
+/* ---- imports --------------------------------------------------------------------------------- */
 
 void call_begin(call_frame *f, module_state *state, moe_operation operation, const char *function)
 {
@@ -99,16 +99,18 @@ void call_output_add(call_frame *f, const char *name, PyObject *given, moe_tenso
     out->wrap = NULL;
 }
 
-/* ---- the plan ---------------------------------------------------------------------------------------- */
+/* ---- the plan -------------------------------------------------------------------------------- */
 
 static uint64_t problem_hash(const moe_problem *problem, moe_backend backend, int32_t device)
 {
-    uint64_t words[sizeof(moe_problem) / 8],
-        hash = (uint64_t)(uint32_t)device << 1 | (uint64_t)backend;
+    uint64_t words[sizeof(moe_problem) / 8];
+    uint64_t hash = (uint64_t)(uint32_t)device << 1 | (uint64_t)backend;
     _Static_assert(sizeof(moe_problem) % 8 == 0, "moe_problem is hashed in words of 8 bytes");
     memcpy(words, problem, sizeof words);
-    for (size_t i = 0; i < sizeof words / 8; ++i)
-        hash = (hash ^ words[i]) * 0x9E3779B97F4A7C15u, hash ^= hash >> 29;
+    for (size_t i = 0; i < sizeof words / 8; ++i) {
+        hash = (hash ^ words[i]) * 0x9E3779B97F4A7C15u;
+        hash ^= hash >> 29;
+    }
     return hash;
 }
 
@@ -121,8 +123,8 @@ int find_plan(module_state *state, const moe_problem *problem, moe_backend backe
         plan_entry *entry = &state->plans[(hash + i) % PLAN_SLOTS];
         if (entry->used && entry->backend == backend && entry->device == device &&
             memcmp(&entry->plan.problem, problem, sizeof *problem) == 0) {
-            *plan =
-                entry->plan; /* a copy: another thread may need the slot once the GIL is released */
+            /* a copy: another thread may need the slot once the GIL is released */
+            *plan = entry->plan;
             return MOE_OK;
         }
         if (slot == NULL && !entry->used) slot = entry;
@@ -155,7 +157,7 @@ static int make_plan(call_frame *f)
     return find_plan(f->state, &f->problem, f->like->backend, f->like->device, &f->plan, &f->err);
 }
 
-/* ---- streams ----------------------------------------------------------------------------------------- */
+/* ---- streams --------------------------------------------------------------------------------- */
 
 /* stream= as a handle: an int, or an object with __cuda_stream__ (or torch's cuda_stream). */
 static int parse_stream(call_frame *f, PyObject *object, void **stream)
@@ -228,8 +230,9 @@ static int current_stream(call_frame *f, void **stream)
     return status;
 }
 
-/* Memory from a caching allocator belongs to the stream it was allocated on. Where the caller names another one than the
- * framework's current stream, that one is made current while allocating: a context manager, or NULL. */
+/* Memory from a caching allocator belongs to the stream it was allocated on. Where the caller
+ * names another one than the framework's current stream, that one is made current while
+ * allocating: a context manager, or NULL. */
 static int enter_stream(call_frame *f, void *stream, PyObject **context)
 {
     void *current = NULL;
@@ -274,7 +277,7 @@ static int leave_stream(call_frame *f, PyObject *context)
     return f->err.status;
 }
 
-/* ---- outputs and workspace --------------------------------------------------------------------------- */
+/* ---- outputs and workspace ------------------------------------------------------------------- */
 
 static void shape_output(call_output *out, int32_t dtype, int32_t ndim, int64_t a, int64_t b,
                          int64_t c)

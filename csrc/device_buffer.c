@@ -1,7 +1,10 @@
-/* device_buffer.c: GPU memory, streams and graphs for demo, check and bench, which run without any framework. All of it
- * synchronises or allocates, so no call of the layer comes here; csrc/cuda/device.c does the work.
+/* device_buffer.c: GPU memory, streams and graphs for demo, check and bench, which run without
+ * any framework. All of it synchronises or allocates, so no call of the layer comes here;
+ * csrc/cuda/device.c does the work.
  *
- *     buffer = _device_alloc(nbytes, device);  buffer.copy_from(array);  x = buffer.view((4, 2048), "bfloat16") */
+ *     buffer = _device_alloc(nbytes, device)
+ *     buffer.copy_from(array)
+ *     x = buffer.view((4, 2048), "bfloat16") */
 #include "binding.h"
 #include "cuda/cuda.h"
 
@@ -38,7 +41,7 @@ static PyObject *new_object(PyObject *type)
     return alloc((PyTypeObject *)type, 0);
 }
 
-/* ---- views ------------------------------------------------------------------------------------------- */
+/* ---- views ----------------------------------------------------------------------------------- */
 
 int device_view_import(PyObject *view, const char *name, moe_tensor *tensor, moe_error *err)
 {
@@ -97,7 +100,8 @@ static void destroy_legacy(PyObject *capsule)
     managed->deleter(managed);
 }
 
-/* stream is not looked at: whoever uses these views has synchronised or works on the stream that wrote them. */
+/* stream is not looked at: whoever uses these views has synchronised or works on the stream that
+ * wrote them. */
 static PyObject *view_dlpack(PyObject *object, PyObject *const *args, Py_ssize_t nargs,
                              PyObject *kwnames)
 {
@@ -213,7 +217,7 @@ PyType_Spec moe_view_spec = {
     "fusedmoe._C._DeviceView", sizeof(view_object), 0,
     Py_TPFLAGS_DEFAULT | Py_TPFLAGS_IMMUTABLETYPE | Py_TPFLAGS_DISALLOW_INSTANTIATION, VIEW_SLOTS};
 
-/* ---- buffers ----------------------------------------------------------------------------------------- */
+/* ---- buffers --------------------------------------------------------------------------------- */
 
 static int check_range(const buffer_object *self, int64_t offset, int64_t bytes, moe_error *err)
 {
@@ -379,7 +383,7 @@ PyType_Spec moe_buffer_spec = {"fusedmoe._C._DeviceBuffer", sizeof(buffer_object
                                    Py_TPFLAGS_DISALLOW_INSTANTIATION,
                                BUFFER_SLOTS};
 
-/* ---- functions --------------------------------------------------------------------------------------- */
+/* ---- functions ------------------------------------------------------------------------------- */
 
 static PyObject *device_alloc(PyObject *module, PyObject *const *args, Py_ssize_t nargs,
                               PyObject *kwnames)

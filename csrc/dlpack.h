@@ -1,10 +1,11 @@
-/* dlpack.h: the DLPack ABI, as far as this extension speaks it: the tensor structs of versions 0.8 and 1.x
- * and the C exchange table of 1.3. A frozen ABI, written down here so that a build needs no other package;
- * tests/test_dlpack_abi.py compares sizes and offsets with an upstream header where one is installed.
+/* dlpack.h: the DLPack ABI, as far as this extension speaks it: the tensor structs of versions
+ * 0.8 and 1.x and the C exchange table of 1.3. A frozen ABI, written down here so that a build
+ * needs no other package; tests/test_dlpack_abi.py compares sizes and offsets with an upstream
+ * header where one is installed.
  *
- * Lifetimes. A managed tensor is owned: its deleter is called exactly once. A plain DLTensor filled by the
- * exchange table is borrowed: shape, strides and data belong to the producer and are valid until control
- * returns to Python. */
+ * Lifetimes. A managed tensor is owned: its deleter is called exactly once. A plain DLTensor
+ * filled by the exchange table is borrowed: shape, strides and data belong to the producer and
+ * are valid until control returns to Python. */
 #ifndef MOE_DLPACK_H
 #define MOE_DLPACK_H
 
@@ -80,8 +81,8 @@ typedef struct DLManagedTensor {
     void (*deleter)(struct DLManagedTensor *self);
 } DLManagedTensor;
 
-/* capsule "dltensor_versioned", after it was taken "used_dltensor_versioned". With another major version
- * only version and deleter may be touched. */
+/* capsule "dltensor_versioned", after it was taken "used_dltensor_versioned". With another major
+ * version only version and deleter may be touched. */
 typedef struct DLManagedTensorVersioned {
     DLPackVersion version;
     void *manager_ctx;
@@ -90,8 +91,9 @@ typedef struct DLManagedTensorVersioned {
     DLTensor dl_tensor;
 } DLManagedTensorVersioned;
 
-/* The exchange table: capsule "dlpack_exchange_api" in the attribute __dlpack_c_exchange_api__ of a tensor
- * type. It lives as long as the process. No function synchronises; int results are 0 or -1. */
+/* The exchange table: capsule "dlpack_exchange_api" in the attribute __dlpack_c_exchange_api__
+ * of a tensor type. It lives as long as the process. No function synchronises; int results are 0
+ * or -1. */
 typedef struct DLPackExchangeAPIHeader {
     DLPackVersion version;
     struct DLPackExchangeAPIHeader *prev_api; /* an older table, or NULL */
@@ -99,7 +101,8 @@ typedef struct DLPackExchangeAPIHeader {
 
 typedef struct DLPackExchangeAPI {
     DLPackExchangeAPIHeader header;
-    /* A new tensor with the prototype's dtype, shape and device. set_error is called where it fails. */
+    /* A new tensor with the prototype's dtype, shape and device. set_error is called where it
+     * fails. */
     int (*managed_tensor_allocator)(DLTensor *prototype, DLManagedTensorVersioned **out,
                                     void *error_ctx,
                                     void (*set_error)(void *error_ctx, const char *kind,

@@ -2,12 +2,15 @@
  *
  *     class Experts:
  *         def __init__(self, w13, w2, *, ..., max_tokens=None):
- *             self.weights = own(check(w13, w2, w13_bias, w2_bias, expert_map))   # views, never copies
+ *             self.weights = own(check(w13, w2, w13_bias, w2_bias))  # views, never copies
  *             self.options = ...
- *         def run(self, hidden_states, topk_weights, topk_ids, out=None, workspace=None, shared_output=None, stream=None):
- *             return _C.fused_experts(hidden_states, *self.weights, topk_weights, topk_ids, **self.options, ...)
+ *         def run(self, hidden_states, topk_weights, topk_ids, out=None, workspace=None,
+ *                 shared_output=None, stream=None):
+ *             return _C.fused_experts(hidden_states, *self.weights, topk_weights, topk_ids,
+ *                                     **self.options, ...)
  *
- * A call that runs without the GIL uses the weights it began with: they are counted, and rebind only exchanges the pointer. */
+ * A call that runs without the GIL uses the weights it began with: they are counted, and rebind
+ * only exchanges the pointer. */
 #include "binding.h"
 
 #include <inttypes.h>
@@ -16,7 +19,8 @@
 
 enum { NUM_WEIGHTS = 4, NUM_SCRATCH = 8 };
 
-/* Owned views and the owners. Counted: the object's reference and one per running call, all changed with the GIL. */
+/* Owned views and the owners. Counted: the object's reference and one per running call, all
+ * changed with the GIL. */
 typedef struct experts_weights {
     int references;
     moe_tensor w13, w2, w13_bias, w2_bias;
@@ -43,7 +47,7 @@ typedef struct experts_object {
     experts_scratch scratch[NUM_SCRATCH];
 } experts_object;
 
-/* ---- weights ----------------------------------------------------------------------------------------- */
+/* ---- weights --------------------------------------------------------------------------------- */
 
 static void release_weights(experts_weights *weights)
 {
@@ -147,7 +151,7 @@ static experts_weights *make_weights(const experts_object *self, PyObject *w13, 
     return w;
 }
 
-/* ---- scratch ----------------------------------------------------------------------------------------- */
+/* ---- scratch --------------------------------------------------------------------------------- */
 
 int experts_take_scratch(experts_object *self, call_frame *f, int64_t required, void *stream)
 {
@@ -192,7 +196,7 @@ void experts_give_scratch(experts_object *self, const call_frame *f)
     self->scratch[f->scratch].busy = false;
 }
 
-/* ---- calls ------------------------------------------------------------------------------------------- */
+/* ---- calls ----------------------------------------------------------------------------------- */
 
 /* v: hidden_states, topk_weights, topk_ids, out, workspace, shared_output, stream */
 static PyObject *run(experts_object *self, PyObject *const *v)
@@ -295,7 +299,7 @@ static PyObject *experts_rebind(PyObject *object, PyObject *const *args, Py_ssiz
     Py_RETURN_NONE;
 }
 
-/* ---- the type ---------------------------------------------------------------------------------------- */
+/* ---- the type -------------------------------------------------------------------------------- */
 
 /* Where each parameter of Experts lies in LAYER_KW; -1: it is no keyword of the layer. */
 static const int LAYER_KW_OF_EXPERTS[] = {-1,

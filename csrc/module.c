@@ -4,14 +4,16 @@
  *
  *     def fused_experts(hidden_states, w13, w2, topk_weights, topk_ids, *layer_kw):
  *         call = Call(import_(hidden_states), import_(w13), ..., options(layer_kw))
- *         problem = validate(call)                        # TypeError, ValueError, NotImplementedError
+ *         problem = validate(call)              # TypeError, ValueError, NotImplementedError
  *         plan = plans.get(problem) or make_plan(problem, device_info(hidden_states.device))
- *         out = framework(hidden_states).empty(...) if out is None else out
- *         workspace = framework(hidden_states).empty(plan.workspace.total) if workspace is None else workspace
- *         run(call, plan, stream or framework(hidden_states).current_stream())
+ *         framework = framework_of(hidden_states)
+ *         out = framework.empty(...) if out is None else out
+ *         workspace = framework.empty(plan.workspace.total) if workspace is None else workspace
+ *         run(call, plan, stream or framework.current_stream())
  *         return out
  *
- * The lines are call_prototype / call_tensor / parse_layer_options here and call_finish in call.c. */
+ * The lines are call_prototype / call_tensor / parse_layer_options here and call_finish in
+ * call.c. */
 #include "binding.h"
 #include "cpu/cpu.h"
 #include "cuda/cuda.h"
@@ -59,7 +61,7 @@ PyObject *raise_error(moe_error *err)
     return NULL;
 }
 
-/* ---- the layer --------------------------------------------------------------------------------------- */
+/* ---- the layer ------------------------------------------------------------------------------- */
 
 static int import_layer_keywords(call_frame *f, PyObject *const *kw)
 {
@@ -138,7 +140,7 @@ done:
     return call_finish(&f, stream);
 }
 
-/* ---- the stages alone -------------------------------------------------------------------------------- */
+/* ---- the stages alone ------------------------------------------------------------------------ */
 
 static PyObject *py_route(PyObject *module, PyObject *const *args, Py_ssize_t nargs,
                           PyObject *kwnames)
@@ -278,7 +280,7 @@ done:
     return call_finish(&f, stream);
 }
 
-/* ---- planning ---------------------------------------------------------------------------------------- */
+/* ---- planning -------------------------------------------------------------------------------- */
 
 /* The arguments of plan and workspace_size. */
 static int parse_problem(module_state *state, PyObject *const *v, moe_problem *p,
@@ -310,7 +312,8 @@ static int parse_problem(module_state *state, PyObject *const *v, moe_problem *p
     if (p->routed && p->router_experts == 0) p->router_experts = p->num_experts;
     if (!p->routed) p->router_experts = 0;
     if (p->workspace_limit == 0) p->workspace_limit = state->workspace_limit;
-    /* rows that are no multiple of 16 bytes are not aligned to 16 bytes, whatever the first one is */
+    /* rows that are no multiple of 16 bytes are not aligned to 16 bytes, whatever the first one
+     * is */
     const int64_t bytes = moe_dtype_bytes(p->dtype);
     if (p->vector_bytes == 16 && (p->hidden_size * bytes % 16 || p->intermediate_size * bytes % 16))
         p->vector_bytes = (int32_t)bytes;
@@ -377,7 +380,8 @@ static PyObject *plan_dict(const moe_plan *plan)
         "flops", plan->flops, "us", plan->us);
 }
 
-/* The plan of plan() and workspace_size(). num_sms 0: of the first GPU here where `look` and there is one, else an H200. */
+/* The plan of plan() and workspace_size(). num_sms 0: of the first GPU here where `look` and
+ * there is one, else an H200. */
 static int plan_for_sizes(module_state *state, signature_id id, PyObject *const *args,
                           Py_ssize_t nargs, PyObject *kwnames, bool look, moe_plan *plan,
                           moe_error *err)
@@ -428,7 +432,7 @@ static PyObject *py_workspace_size(PyObject *module, PyObject *const *args, Py_s
     return PyLong_FromLongLong(plan.workspace.total + room);
 }
 
-/* ---- devices and facts ------------------------------------------------------------------------------- */
+/* ---- devices and facts ----------------------------------------------------------------------- */
 
 static int parse_device(module_state *state, PyObject *const *args, Py_ssize_t nargs,
                         PyObject *kwnames, int32_t *device, moe_error *err)
@@ -526,7 +530,7 @@ static PyObject *py_cpu_read_bandwidth(PyObject *module, PyObject *ignored)
     return PyFloat_FromDouble(bytes_per_us * 1e6);
 }
 
-/* ---- the module -------------------------------------------------------------------------------------- */
+/* ---- the module ------------------------------------------------------------------------------ */
 
 #define FAST(function) (PyCFunction)(void (*)(void))(function), METH_FASTCALL | METH_KEYWORDS
 

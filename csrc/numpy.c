@@ -1,10 +1,12 @@
-/* numpy.c: ndarrays through NumPy's C API, which is loaded when the first ndarray appears and not before.
+/* numpy.c: ndarrays through NumPy's C API, which is loaded when the first ndarray appears and
+ * not before.
  *
- * Why not __dlpack__: NumPy before 2.5 refuses to export bfloat16 and the other types of ml_dtypes, and an ndarray's
- * __dlpack__ refuses read-only arrays before 2.1. Built against NumPy 2 headers, runs with 1.23 and newer.
+ * Why not __dlpack__: NumPy before 2.5 refuses to export bfloat16 and the other types of
+ * ml_dtypes, and an ndarray's __dlpack__ refuses read-only arrays before 2.1. Built against
+ * NumPy 2 headers, runs with 1.23 and newer.
  *
- * This is the only file that sees NumPy's headers: their function table PyArray_API is a static of the file that
- * includes them, the one global of the extension, written once. */
+ * This is the only file that sees NumPy's headers: their function table PyArray_API is a static
+ * of the file that includes them, the one global of the extension, written once. */
 #include "tensor.h"
 
 #include <stdio.h>
@@ -14,7 +16,8 @@
 #define NPY_TARGET_VERSION    NPY_1_23_API_VERSION
 #include <numpy/arrayobject.h>
 
-/* sys.modules[module].attribute as a type, borrowed from its module; NULL where it is not loaded. */
+/* sys.modules[module].attribute as a type, borrowed from its module; NULL where it is not
+ * loaded. */
 static PyTypeObject *loaded_type(const char *module_name, const char *attribute)
 {
     PyObject *modules = PyImport_GetModuleDict();
@@ -43,7 +46,8 @@ int numpy_is_ndarray_type(tensor_context *ctx, PyObject *type, tensor_door *door
     return 1;
 }
 
-/* ml_dtypes registers its types at run time; their numbers differ from process to process, their names do not. */
+/* ml_dtypes registers its types at run time; their numbers differ from process to process, their
+ * names do not. */
 static int32_t registered_dtype(tensor_context *ctx, PyArray_Descr *descr)
 {
     static const int32_t KNOWN[] = {MOE_BF16, MOE_F8E4M3, MOE_F8E5M2, MOE_F8E8M0, MOE_F4E2M1};
@@ -143,7 +147,8 @@ int numpy_import(tensor_context *ctx, PyObject *object, const char *name, moe_te
     return MOE_OK;
 }
 
-/* The dtype of a result: that of the prototype where it is the same, or holds such numbers as integers. */
+/* The dtype of a result: that of the prototype where it is the same, or holds such numbers as
+ * integers. */
 static PyArray_Descr *result_descr(tensor_context *ctx, PyObject *prototype, int32_t dtype)
 {
     PyArray_Descr *beside = PyArray_DESCR((PyArrayObject *)prototype);

@@ -1,6 +1,7 @@
-/* parse.c: arguments of the functions, without format strings: parsing thirty of them that way costs more than
- * importing ten tensors. Keywords are compared by pointer (names are interned), then by text.
- * Everything here is kind and range of scalars; what tensors have to look like is in validate.c. */
+/* parse.c: arguments of the functions, without format strings: parsing thirty of them that way
+ * costs more than importing ten tensors. Keywords are compared by pointer (names are interned),
+ * then by text. Everything here is kind and range of scalars; what tensors have to look like is
+ * in validate.c. */
 #include "binding.h"
 
 #include <inttypes.h>
@@ -8,44 +9,52 @@
 #include <stdio.h>
 #include <string.h>
 
-/* ---- signatures -------------------------------------------------------------------------------------- */
+/* ---- signatures ------------------------------------------------------------------------------ */
 
 /* clang-format off */
-#define LAYER_KW                                                                                                       \
-    "quant", "w13_scale", "w2_scale", "w13_zero_point", "w2_zero_point", "hidden_states_scale", "intermediate_scale",  \
-    "w13_bias", "w2_bias", "activation", "activation_alpha", "activation_limit", "clamp", "gated", "w13_order",        \
-    "apply_router_weight_on_input", "routed_scaling_factor", "shared_output", "no_combine", "expert_map",              \
-    "expert_start", "deterministic", "batch_invariant", "out", "workspace", "stream", "dtype"
+#define LAYER_KW                                                                                   \
+    "quant", "w13_scale", "w2_scale", "w13_zero_point", "w2_zero_point", "hidden_states_scale",    \
+    "intermediate_scale", "w13_bias", "w2_bias", "activation", "activation_alpha",                 \
+    "activation_limit", "clamp", "gated", "w13_order", "apply_router_weight_on_input",             \
+    "routed_scaling_factor", "shared_output", "no_combine", "expert_map", "expert_start",          \
+    "deterministic", "batch_invariant", "out", "workspace", "stream", "dtype"
 
-#define PLAN_KW                                                                                                        \
-    "num_tokens", "hidden_size", "intermediate_size", "num_experts", "topk", "dtype", "device", "num_sms", "gated",    \
-    "no_combine", "routed", "router_experts", "vector_bytes", "workspace_limit"
+#define PLAN_KW                                                                                    \
+    "num_tokens", "hidden_size", "intermediate_size", "num_experts", "topk", "dtype", "device",    \
+    "num_sms", "gated", "no_combine", "routed", "router_experts", "vector_bytes", "workspace_limit"
 
 const signature moe_signatures[NUM_SIGNATURES] = {
     [SIG_FUSED_EXPERTS] = {"fused_experts", 5 + NUM_LAYER_KW, 5,
         {"hidden_states", "w13", "w2", "topk_weights", "topk_ids", LAYER_KW}},
     [SIG_FUSED_MOE] = {"fused_moe", 7 + NUM_LAYER_KW, 5,
-        {"hidden_states", "w13", "w2", "router_logits", "topk", "method", "routing_scale", LAYER_KW}},
+        {"hidden_states", "w13", "w2", "router_logits", "topk", "method", "routing_scale",
+         LAYER_KW}},
     [SIG_ROUTE] = {"route", 8, 2,
-        {"router_logits", "topk", "method", "routing_scale", "ids_dtype", "out_weights", "out_ids", "stream"}},
+        {"router_logits", "topk", "method", "routing_scale", "ids_dtype", "out_weights", "out_ids",
+         "stream"}},
     [SIG_ALIGN] = {"align", 9, 2,
-        {"topk_ids", "num_experts", "expert_map", "expert_start", "out_expert_offsets", "out_sorted_token_ids",
-         "out_row_of_slot", "workspace", "stream"}},
+        {"topk_ids", "num_experts", "expert_map", "expert_start", "out_expert_offsets",
+         "out_sorted_token_ids", "out_row_of_slot", "workspace", "stream"}},
     [SIG_GATE_UP] = {"gate_up", 17, 5,
-        {"hidden_states", "w13", "expert_offsets", "sorted_token_ids", "topk", "topk_weights", "w13_bias", "activation",
-         "activation_alpha", "activation_limit", "clamp", "gated", "w13_order", "out", "workspace", "stream", "dtype"}},
+        {"hidden_states", "w13", "expert_offsets", "sorted_token_ids", "topk", "topk_weights",
+         "w13_bias", "activation", "activation_alpha", "activation_limit", "clamp", "gated",
+         "w13_order", "out", "workspace", "stream", "dtype"}},
     [SIG_DOWN] = {"down", 11, 5,
-        {"intermediate", "w2", "expert_offsets", "sorted_token_ids", "topk", "topk_weights", "w2_bias", "out", "workspace",
-         "stream", "dtype"}},
+        {"intermediate", "w2", "expert_offsets", "sorted_token_ids", "topk", "topk_weights",
+         "w2_bias", "out", "workspace", "stream", "dtype"}},
     [SIG_COMBINE] = {"combine", 7, 2,
-        {"rows", "row_of_slot", "routed_scaling_factor", "shared_output", "out", "stream", "dtype"}},
-    [SIG_EXPERTS] = {"Experts", 25, 2, /* LAYER_KW without hidden_states_scale, shared_output, out, workspace, stream */
-        {"w13", "w2", "quant", "w13_scale", "w2_scale", "w13_zero_point", "w2_zero_point", "intermediate_scale", "w13_bias",
-         "w2_bias", "activation", "activation_alpha", "activation_limit", "clamp", "gated", "w13_order",
-         "apply_router_weight_on_input", "routed_scaling_factor", "no_combine", "expert_map", "expert_start",
-         "deterministic", "batch_invariant", "dtype", "max_tokens"}},
+        {"rows", "row_of_slot", "routed_scaling_factor", "shared_output", "out", "stream",
+         "dtype"}},
+    /* LAYER_KW without hidden_states_scale, shared_output, out, workspace, stream */
+    [SIG_EXPERTS] = {"Experts", 25, 2,
+        {"w13", "w2", "quant", "w13_scale", "w2_scale", "w13_zero_point", "w2_zero_point",
+         "intermediate_scale", "w13_bias", "w2_bias", "activation", "activation_alpha",
+         "activation_limit", "clamp", "gated", "w13_order", "apply_router_weight_on_input",
+         "routed_scaling_factor", "no_combine", "expert_map", "expert_start", "deterministic",
+         "batch_invariant", "dtype", "max_tokens"}},
     [SIG_EXPERTS_CALL] = {"Experts.__call__", 7, 3,
-        {"hidden_states", "topk_weights", "topk_ids", "out", "workspace", "shared_output", "stream"}},
+        {"hidden_states", "topk_weights", "topk_ids", "out", "workspace", "shared_output",
+         "stream"}},
     [SIG_EXPERTS_REBIND] = {"Experts.rebind", 4, 2, {"w13", "w2", "w13_bias", "w2_bias"}},
     [SIG_PLAN] = {"plan", 14, 5, {PLAN_KW}},
     [SIG_WORKSPACE_SIZE] = {"workspace_size", 14, 5, {PLAN_KW}},
@@ -53,21 +62,23 @@ const signature moe_signatures[NUM_SIGNATURES] = {
     [SIG_DEVICE_ALLOC] = {"_device_alloc", 2, 1, {"nbytes", "device"}},
     [SIG_DEVICE_STREAM] = {"_device_graph", 2, 1, {"stream", "device"}},
     [SIG_DEVICE_GRAPH] = {"_device_graph_launch", 3, 2, {"graph", "stream", "device"}},
-    [SIG_DEVICE_ELAPSED] = {"_device_graph_elapsed", 4, 3, {"graph", "stream", "replays", "device"}},
+    [SIG_DEVICE_ELAPSED] = {"_device_graph_elapsed", 4, 3,
+        {"graph", "stream", "replays", "device"}},
     [SIG_DEVICE_COPY] = {"copy", 2, 1, {"tensor", "offset"}},
     [SIG_DEVICE_VIEW] = {"view", 3, 2, {"shape", "dtype", "offset"}},
     [SIG_DLPACK] = {"__dlpack__", 4, 0, {"stream", "max_version", "dl_device", "copy"}},
 };
 /* clang-format on */
 
-/* ---- choices: string arguments with a closed set of values ------------------------------------------- */
+/* ---- choices: string arguments with a closed set of values ----------------------------------- */
 
 typedef struct choice {
     const char *text;
     int32_t value;
 } choice;
 
-/* Every set is a run of this table, so that module state can hold the interned texts in the same order. */
+/* Every set is a run of this table, so that module state can hold the interned texts in the same
+ * order. */
 static const choice CHOICES[] = {
     {"silu", MOE_ACT_SILU},
     {"gelu", MOE_ACT_GELU},
@@ -219,7 +230,7 @@ int parse_ids_dtype(module_state *state, PyObject *object, int32_t *value, moe_e
     return parse_choice(state, "ids_dtype", &IDS_DTYPES, object, value, err);
 }
 
-/* ---- numbers ----------------------------------------------------------------------------------------- */
+/* ---- numbers --------------------------------------------------------------------------------- */
 
 static int fail_kind(const char *name, const char *expected, PyObject *object, moe_error *err)
 {
@@ -321,7 +332,7 @@ int parse_count32(const char *name, PyObject *object, int32_t *value, moe_error 
     return parse_int32(name, object, 0, value, err);
 }
 
-/* ---- the layer's keywords ---------------------------------------------------------------------------- */
+/* ---- the layer's keywords -------------------------------------------------------------------- */
 
 static int refuse_quantised(PyObject *const *kw, moe_error *err)
 {
@@ -375,7 +386,7 @@ int parse_layer_options(module_state *state, PyObject *const *kw, moe_options *o
     return parse_dtype(state, kw[KW_DTYPE], dtype, err);
 }
 
-/* ---- the parser -------------------------------------------------------------------------------------- */
+/* ---- the parser ------------------------------------------------------------------------------ */
 
 static int fail_count(const signature *sig, Py_ssize_t nargs, moe_error *err)
 {
@@ -392,7 +403,8 @@ static int fail_missing(const signature *sig, PyObject **values, moe_error *err)
     return MOE_OK;
 }
 
-/* Where a call gives several keywords they mostly come in order: the search starts after the last hit. */
+/* Where a call gives several keywords they mostly come in order: the search starts after the
+ * last hit. */
 static int find_keyword(module_state *state, signature_id id, PyObject *key, int start)
 {
     const int count = moe_signatures[id].num_parameters;
@@ -471,7 +483,7 @@ int parse_tuple(module_state *state, signature_id id, PyObject *args, PyObject *
     return complete(sig, values, err);
 }
 
-/* ---- state ------------------------------------------------------------------------------------------- */
+/* ---- state ----------------------------------------------------------------------------------- */
 
 int parse_init(module_state *state, moe_error *err)
 {

@@ -1,15 +1,16 @@
 /* tensor.c: Python tensors in and out (tensor.h).
  *
- * Ownership in one paragraph: a capsule from __dlpack__ is ours from the moment it was renamed to used_*; from
- * then on the deleter is called exactly once, by tensor_release, also where the tensor turns out to be
- * unusable. Before that moment the capsule's own destructor does it. Borrowed views own nothing. */
+ * Ownership in one paragraph: a capsule from __dlpack__ is ours from the moment it was renamed
+ * to used_*; from then on the deleter is called exactly once, by tensor_release, also where the
+ * tensor turns out to be unusable. Before that moment the capsule's own destructor does it.
+ * Borrowed views own nothing. */
 #include "tensor.h"
 
 #include <inttypes.h>
 #include <stdio.h>
 #include <string.h>
 
-/* ---- messages ---------------------------------------------------------------------------------------- */
+/* ---- messages -------------------------------------------------------------------------------- */
 
 static void copy_attribute(PyObject *object, const char *attribute, char *text, size_t size)
 {
@@ -65,7 +66,7 @@ int tensor_fail_with_exception(moe_error *err, moe_status status, const char *na
                     tensor_type_text(object, got, sizeof got), kind, why);
 }
 
-/* ---- dtypes ------------------------------------------------------------------------------------------ */
+/* ---- dtypes ---------------------------------------------------------------------------------- */
 
 /* DLPack's name of every dtype; bits are those of one element. */
 static const struct {
@@ -108,14 +109,15 @@ static int32_t dtype_from_dlpack(DLDataType type)
     /* the common ones first, without a search */
     if (type.lanes == 1 && type.bits == 16 && type.code == kDLBfloat) return MOE_BF16;
     if (type.lanes == 1 && type.bits == 32 && type.code == kDLFloat) return MOE_F32;
+    if (type.lanes != 1 && !(type.lanes == 2 && type.code == kDLFloat4_e2m1fn))
+        return MOE_DTYPE_NONE;
     for (int32_t dtype = 1; dtype < MOE_DTYPE_COUNT; ++dtype)
         if (DLPACK_TYPES[dtype].code == type.code && DLPACK_TYPES[dtype].bits == type.bits)
-            return type.lanes == 1 || (type.lanes == 2 && dtype == MOE_F4E2M1) ? dtype
-                                                                               : MOE_DTYPE_NONE;
+            return dtype;
     return MOE_DTYPE_NONE;
 }
 
-/* ---- layout ------------------------------------------------------------------------------------------ */
+/* ---- layout ---------------------------------------------------------------------------------- */
 
 int tensor_describe(const char *name, void *data, int32_t dtype, int32_t ndim, const int64_t *shape,
                     const int64_t *strides, moe_tensor *tensor, moe_error *err)
@@ -132,12 +134,14 @@ int tensor_describe(const char *name, void *data, int32_t dtype, int32_t ndim, c
         empty |= shape[i] == 0;
     }
     const int64_t bytes = moe_dtype_bytes(dtype);
-    int64_t compact = 1;             /* stride of a compact dimension here */
-    int64_t last = 0, total = bytes; /* index of the last element; bytes */
+    int64_t compact = 1; /* stride that a compact tensor has here */
+    int64_t last = 0;    /* offset of the last element */
+    int64_t total = bytes, span, reach;
     for (int i = ndim - 1; i >= 0; --i) {
-        /* An extent of 1 leaves its stride free (producers put anything there), and so does an empty tensor. */
-        int64_t stride = strides == NULL || empty || shape[i] == 1 ? compact : strides[i], span,
-                reach;
+        /* An extent of 1 leaves its stride free (producers put anything there), and so does a
+         * tensor without elements. */
+        bool is_free = strides == NULL || empty || shape[i] == 1;
+        int64_t stride = is_free ? compact : strides[i];
         if (stride < 0)
             return moe_fail(err, MOE_ERROR_VALUE,
                             "%s: expected strides of at least 0, got %" PRId64
@@ -145,9 +149,8 @@ int tensor_describe(const char *name, void *data, int32_t dtype, int32_t ndim, c
                             name, stride, i);
         tensor->shape[i] = shape[i];
         tensor->stride[i] = stride;
-        if (empty) {
-            compact = i == ndim - 1 && shape[i] > 0 ? shape[i]
-                                                    : 1; /* any will do, but the last one is 1 */
+        if (empty) { /* any strides will do, as long as the last one is 1 */
+            if (i == ndim - 1 && shape[i] > 0) compact = shape[i];
             continue;
         }
         if (__builtin_mul_overflow(total, shape[i], &total) ||
@@ -177,7 +180,8 @@ int tensor_describe(const char *name, void *data, int32_t dtype, int32_t ndim, c
     return MOE_OK;
 }
 
-/* Two fp4 share a byte. Torch counts bytes (2 lanes of 4 bits), JAX counts elements (1 lane): bytes here. */
+/* Two fp4 share a byte. Torch counts bytes (2 lanes of 4 bits), JAX counts elements (1 lane):
+ * bytes here. */
 static int describe_fp4(const char *name, void *data, const DLTensor *dl, bool padded,
                         moe_tensor *tensor, moe_error *err)
 {
@@ -246,7 +250,7 @@ int tensor_from_dltensor(const char *name, const DLTensor *dl, uint64_t flags, m
     return MOE_OK;
 }
 
-/* ---- the door of a type ------------------------------------------------------------------------------ */
+/* ---- the door of a type ---------------------------------------------------------------------- */
 
 static PyObject *attribute_or_null(PyObject *object, PyObject *name)
 {
@@ -255,7 +259,8 @@ static PyObject *attribute_or_null(PyObject *object, PyObject *name)
     return value;
 }
 
-/* sys.modules[name], borrowed, or NULL. Nothing is imported: a type exists only once its module does. */
+/* sys.modules[name], borrowed, or NULL. Nothing is imported: a type exists only once its module
+ * does. */
 static PyObject *loaded_module(const char *name)
 {
     PyObject *modules = PyImport_GetModuleDict(),
@@ -278,7 +283,8 @@ static const DLPackExchangeAPI *find_table(tensor_context *ctx, PyObject *type)
     return api;
 }
 
-/* torch.Tensor and Parameter carry the disabled implementation; whoever brings another one has no usable memory. */
+/* torch.Tensor and Parameter carry the disabled implementation; whoever brings another one has
+ * no usable memory. */
 static bool overrides_dispatch(PyObject *dispatch)
 {
     PyObject *torch = loaded_module("torch");
@@ -392,7 +398,7 @@ const tensor_type *tensor_find_type(tensor_context *ctx, PyObject *object, moe_e
     return slot;
 }
 
-/* ---- in ---------------------------------------------------------------------------------------------- */
+/* ---- in -------------------------------------------------------------------------------------- */
 
 static int refuse(tensor_door door, PyObject *object, const char *name, moe_error *err)
 {
@@ -406,8 +412,7 @@ static int refuse(tensor_door door, PyObject *object, const char *name, moe_erro
         return moe_fail(
             err, MOE_ERROR_TYPE,
             "%s: expected a tensor with memory of its own, got %s, a subclass that intercepts "
-            "operations "
-            "(__torch_dispatch__)",
+            "operations (__torch_dispatch__)",
             name, got);
     case DOOR_TRACER:
         return moe_fail(err, MOE_ERROR_TYPE,
@@ -620,7 +625,7 @@ void tensor_release_all(tensor_holds *holds)
         tensor_release(&holds->items[--holds->count]);
 }
 
-/* ---- out --------------------------------------------------------------------------------------------- */
+/* ---- out ------------------------------------------------------------------------------------- */
 
 static PyObject *shape_tuple(int32_t ndim, const int64_t *shape)
 {
@@ -718,8 +723,8 @@ done:
     return err->status;
 }
 
-/* torch's own allocation: a tensor made by the table's importer is not known to the caching allocator, so that
- * Tensor.record_stream on the result would silently do nothing. */
+/* torch's own allocation: a tensor made by the table's importer is not known to the caching
+ * allocator, so that Tensor.record_stream on the result would silently do nothing. */
 static int allocate_by_torch(tensor_context *ctx, PyObject *prototype, const char *name,
                              int32_t ndim, const int64_t *shape, moe_tensor *tensor,
                              tensor_hold *hold, PyObject **result, moe_error *err)
@@ -796,7 +801,7 @@ int tensor_allocate(tensor_context *ctx, PyObject *prototype, const moe_tensor *
     return MOE_OK;
 }
 
-/* ---- state ------------------------------------------------------------------------------------------- */
+/* ---- state ----------------------------------------------------------------------------------- */
 
 int tensor_context_init(tensor_context *ctx, moe_error *err)
 {

@@ -5,7 +5,8 @@
  *   numpy    the NumPy C API (numpy.c)
  *   view     our own _DeviceView
  *   dlpack   __dlpack__: an owned view, released at the end of the call
- * and is described by a moe_tensor (moe.h). What a call has to give back lies in its tensor_holds. */
+ * and is described by a moe_tensor (moe.h). What a call has to give back lies in its
+ * tensor_holds. */
 #ifndef MOE_TENSOR_H
 #define MOE_TENSOR_H
 
@@ -79,8 +80,8 @@ int tensor_context_init(tensor_context *ctx, moe_error *err);
 int tensor_context_traverse(tensor_context *ctx, visitproc visit, void *arg);
 void tensor_context_clear(tensor_context *ctx);
 
-/* The cached verdict on type(object), NULL with err set only where Python failed. Valid until the next call of
- * this function or of Python code, whichever comes first: copy what is needed. */
+/* The cached verdict on type(object), NULL with err set only where Python failed. Valid until
+ * the next call of this function or of Python code, whichever comes first: copy what is needed. */
 const tensor_type *tensor_find_type(tensor_context *ctx, PyObject *object, moe_error *err);
 
 /* object as a tensor, for the duration of the call; name is the argument in messages. */
@@ -98,14 +99,16 @@ static inline void tensor_absent(moe_tensor *tensor)
     tensor->ndim = -1;
 }
 
-/* A new compact tensor beside prototype (imported as `beside`), by prototype's framework. Where result is NULL
- * only memory is wanted: hold owns it. Else *result is what the user gets once *wrap (if any) was called with it. */
+/* A new compact tensor beside prototype (imported as `beside`), by prototype's framework. Where
+ * result is NULL only memory is wanted: hold owns it. Else *result is what the user gets once
+ * *wrap (if any) was called with it. */
 int tensor_allocate(tensor_context *ctx, PyObject *prototype, const moe_tensor *beside,
                     const char *name, int32_t dtype, int32_t ndim, const int64_t *shape,
                     moe_tensor *tensor, tensor_hold *hold, PyObject **result, PyObject **wrap,
                     moe_error *err);
 
-/* Shape, strides and memory into tensor, with the checks that every door shares. strides NULL: compact. */
+/* Shape, strides and memory into tensor, with the checks that every door shares. strides NULL:
+ * compact. */
 int tensor_describe(const char *name, void *data, int32_t dtype, int32_t ndim, const int64_t *shape,
                     const int64_t *strides, moe_tensor *tensor, moe_error *err);
 int tensor_from_dltensor(const char *name, const DLTensor *dl, uint64_t flags, moe_tensor *tensor,
@@ -114,8 +117,8 @@ DLDataType tensor_dlpack_dtype(int32_t dtype);
 /* MOE_DTYPE_NONE where the name is no dtype. */
 int32_t tensor_dtype_by_name(PyObject *name);
 
-/* numpy.c. 1 and the door where type is an ndarray (and then NumPy's C API is loaded), 0 where it is not, -1 with
- * err set. Imports nothing where NumPy is not imported already. */
+/* numpy.c. 1 and the door where type is an ndarray (and then NumPy's C API is loaded), 0 where
+ * it is not, -1 with err set. Imports nothing where NumPy is not imported already. */
 int numpy_is_ndarray_type(tensor_context *ctx, PyObject *type, tensor_door *door, moe_error *err);
 int numpy_import(tensor_context *ctx, PyObject *array, const char *name, moe_tensor *tensor,
                  moe_error *err);
@@ -126,8 +129,9 @@ int numpy_allocate(tensor_context *ctx, PyObject *prototype, const char *name, i
 /* device_buffer.c */
 int device_view_import(PyObject *view, const char *name, moe_tensor *tensor, moe_error *err);
 
-/* The pending Python exception as the error of an argument: "<name>: expected <expected>, got <type>: <text>".
- * MemoryError and whatever is no Exception (KeyboardInterrupt) stay as they are. */
+/* The pending Python exception as the error of an argument: "<name>: expected <expected>, got
+ * <type>: <text>". MemoryError and whatever is no Exception (KeyboardInterrupt) stay as they
+ * are. */
 int tensor_fail_with_exception(moe_error *err, moe_status status, const char *name,
                                const char *expected, PyObject *object);
 /* Name of type(object) for messages, "torch.Tensor"; text is returned. */
