@@ -5,12 +5,24 @@
 #include <stdio.h>
 
 static const char *const NAMES[MOE_DTYPE_COUNT] = {
-    [MOE_DTYPE_NONE] = "unknown",      [MOE_F32] = "float32",           [MOE_BF16] = "bfloat16",
-    [MOE_F16] = "float16",             [MOE_I32] = "int32",             [MOE_I64] = "int64",
-    [MOE_U8] = "uint8",                [MOE_I8] = "int8",               [MOE_U16] = "uint16",
-    [MOE_I16] = "int16",               [MOE_F8E4M3] = "float8_e4m3fn",  [MOE_F8E5M2] = "float8_e5m2",
-    [MOE_F8E8M0] = "float8_e8m0fnu",   [MOE_F4E2M1] = "float4_e2m1fn",  [MOE_F64] = "float64",
-    [MOE_BOOL] = "bool",               [MOE_U32] = "uint32",            [MOE_U64] = "uint64",
+    [MOE_DTYPE_NONE] = "unknown",
+    [MOE_F32] = "float32",
+    [MOE_BF16] = "bfloat16",
+    [MOE_F16] = "float16",
+    [MOE_I32] = "int32",
+    [MOE_I64] = "int64",
+    [MOE_U8] = "uint8",
+    [MOE_I8] = "int8",
+    [MOE_U16] = "uint16",
+    [MOE_I16] = "int16",
+    [MOE_F8E4M3] = "float8_e4m3fn",
+    [MOE_F8E5M2] = "float8_e5m2",
+    [MOE_F8E8M0] = "float8_e8m0fnu",
+    [MOE_F4E2M1] = "float4_e2m1fn",
+    [MOE_F64] = "float64",
+    [MOE_BOOL] = "bool",
+    [MOE_U32] = "uint32",
+    [MOE_U64] = "uint64",
 };
 
 const char *moe_dtype_name(int32_t dtype)

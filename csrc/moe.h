@@ -14,11 +14,12 @@
 #include "../kernels/moe_kernels.h"
 #include "status.h"
 
-#define MOE_MAX_DIMS 4
+#define MOE_MAX_DIMS    4
 #define MOE_MAX_EXPERTS 1024
-#define MOE_MAX_TOPK 32
-#define MOE_ALIGNMENT 256 /* of the workspace and of every part of it, bytes */
-#define MOE_WORKSPACE_LIMIT ((int64_t)3 << 29) /* 1.5 GiB, the default of FUSEDMOE_WORKSPACE_LIMIT */
+#define MOE_MAX_TOPK    32
+#define MOE_ALIGNMENT   256 /* of the workspace and of every part of it, bytes */
+#define MOE_WORKSPACE_LIMIT                                                                        \
+    ((int64_t)3 << 29) /* 1.5 GiB, the default of FUSEDMOE_WORKSPACE_LIMIT */
 
 typedef enum moe_backend { MOE_CPU = 0, MOE_CUDA = 1 } moe_backend;
 
@@ -32,19 +33,24 @@ typedef struct moe_tensor {
     int32_t lanes_packed;         /* elements per storage unit: 1, or 2 for two fp4 in a byte */
     moe_backend backend;
     int32_t device;
-    int64_t span_bytes; /* from data to the end of the last element; 0 where there are no elements */
+    int64_t
+        span_bytes; /* from data to the end of the last element; 0 where there are no elements */
     bool readonly;
 } moe_tensor;
 
-static inline bool tensor_present(const moe_tensor *t) { return t->ndim >= 0; }
+static inline bool tensor_present(const moe_tensor *t)
+{
+    return t->ndim >= 0;
+}
 
 /* Sizes in bytes of MOE_F32 ...; inline, since every check of every tensor asks. */
 static inline int64_t moe_dtype_bytes(int32_t dtype)
 {
     static const uint8_t BYTES[MOE_DTYPE_COUNT] = {
-        [MOE_F32] = 4,    [MOE_BF16] = 2,   [MOE_F16] = 2,    [MOE_I32] = 4,    [MOE_I64] = 8, [MOE_U8] = 1,
-        [MOE_I8] = 1,     [MOE_U16] = 2,    [MOE_I16] = 2,    [MOE_F8E4M3] = 1, [MOE_F8E5M2] = 1,
-        [MOE_F8E8M0] = 1, [MOE_F4E2M1] = 1, [MOE_F64] = 8,    [MOE_BOOL] = 1,   [MOE_U32] = 4, [MOE_U64] = 8};
+        [MOE_F32] = 4,    [MOE_BF16] = 2,   [MOE_F16] = 2,    [MOE_I32] = 4, [MOE_I64] = 8,
+        [MOE_U8] = 1,     [MOE_I8] = 1,     [MOE_U16] = 2,    [MOE_I16] = 2, [MOE_F8E4M3] = 1,
+        [MOE_F8E5M2] = 1, [MOE_F8E8M0] = 1, [MOE_F4E2M1] = 1, [MOE_F64] = 8, [MOE_BOOL] = 1,
+        [MOE_U32] = 4,    [MOE_U64] = 8};
     return (uint32_t)dtype < MOE_DTYPE_COUNT ? BYTES[dtype] : 0;
 }
 /* "bfloat16"; dtype.c. */
@@ -68,7 +74,7 @@ enum { MOE_COMBINE_SUM = 0, MOE_NO_COMBINE_WEIGHTED, MOE_NO_COMBINE_UNWEIGHTED }
 /* Scalars of a call, parsed, defaults filled in where they do not depend on other arguments. */
 typedef struct moe_options {
     int32_t activation; /* MOE_ACT_* */
-    int32_t clamp;      /* MOE_CLAMP_AFTER or MOE_CLAMP_BEFORE as given; pipeline.c drops it where there is no limit */
+    int32_t clamp;      /* MOE_CLAMP_* as given; pipeline.c drops it where there is no limit */
     int32_t gated;      /* 0 or 1 */
     int32_t w13_order;  /* MOE_ORDER_* */
     int32_t combine;    /* MOE_COMBINE_SUM, MOE_NO_COMBINE_* */
@@ -111,11 +117,12 @@ typedef struct moe_problem {
     int32_t combine;        /* MOE_COMBINE_SUM, MOE_NO_COMBINE_* */
     int32_t routed;         /* 1: the call starts at router_logits */
     int32_t router_experts; /* columns of router_logits, else 0 */
-    int32_t vector_bytes;   /* alignment every row of hidden_states, w13, w2 has: 16, or the element's size */
+    int32_t
+        vector_bytes; /* alignment every row of hidden_states, w13, w2 has: 16, or the element's size */
     int32_t out_vector_bytes; /* the same for out and shared_output */
     int32_t deterministic;
     int32_t batch_invariant;
-    int32_t operation;       /* MOE_OP_*: which stages run, so which parts of the workspace are needed */
+    int32_t operation; /* MOE_OP_*: which stages run, so which parts of the workspace are needed */
     int64_t workspace_limit; /* bytes; 0: MOE_WORKSPACE_LIMIT */
 } moe_problem;
 
@@ -123,10 +130,10 @@ typedef struct moe_problem {
 typedef struct moe_device_info {
     moe_backend backend;
     int32_t device;
-    int32_t num_sms;         /* threads on the CPU */
-    int32_t capability;      /* 90 for sm_90; on the CPU the level of simd.h */
-    int32_t smem_per_block;  /* bytes, opt-in maximum */
-    int32_t smem_per_sm;     /* bytes */
+    int32_t num_sms;        /* threads on the CPU */
+    int32_t capability;     /* 90 for sm_90; on the CPU the level of simd.h */
+    int32_t smem_per_block; /* bytes, opt-in maximum */
+    int32_t smem_per_sm;    /* bytes */
     int64_t l2_bytes;
     double read_bytes_per_us; /* memory stream */
     double flops_per_us;      /* dense matrix rate of the activations' dtype */
@@ -141,7 +148,7 @@ typedef struct moe_workspace {
 } moe_workspace;
 
 typedef struct moe_gemm_plan {
-    int32_t variant;   /* row of gemm_variants.def, -1 on the CPU */
+    int32_t variant; /* row of gemm_variants.def, -1 on the CPU */
     int32_t tile_rows, tile_cols, tile_k;
     int32_t grid_cols; /* column tiles: grid.x; grid.y is max_tiles */
     int32_t threads;
@@ -174,7 +181,8 @@ int moe_validate(const moe_call *call, moe_problem *problem, moe_error *err);
 int moe_validate_problem(const moe_problem *problem, moe_error *err);
 
 /* plan.c: pure. */
-int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe_plan *plan, moe_error *err);
+int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe_plan *plan,
+                  moe_error *err);
 /* The H200 by default, with num_sms replaced where num_sms > 0: plans without a GPU. */
 void moe_default_device(moe_backend backend, int32_t num_sms, moe_device_info *info);
 

@@ -21,39 +21,54 @@ typedef struct run {
 
 static void *offset(const moe_tensor *t, int64_t elements)
 {
-    return tensor_present(t) && t->data ? (char *)t->data + elements * moe_dtype_bytes(t->dtype) : NULL;
+    return tensor_present(t) && t->data ? (char *)t->data + elements * moe_dtype_bytes(t->dtype)
+                                        : NULL;
 }
 
 /* Stride from row to row; one row or none leaves it free, and then 0 keeps pointers where they are. */
-static int64_t row_stride(const moe_tensor *t) { return t->ndim > 0 && t->shape[0] > 1 ? t->stride[0] : 0; }
+static int64_t row_stride(const moe_tensor *t)
+{
+    return t->ndim > 0 && t->shape[0] > 1 ? t->stride[0] : 0;
+}
 
-static void *part(const run *r, int64_t at) { return at < 0 ? NULL : r->workspace + at; }
+static void *part(const run *r, int64_t at)
+{
+    return at < 0 ? NULL : r->workspace + at;
+}
 
-static bool on_gpu(const run *r) { return r->plan->backend == MOE_CUDA; }
+static bool on_gpu(const run *r)
+{
+    return r->plan->backend == MOE_CUDA;
+}
 
 static int run_route(const run *r, const moe_route_args *a)
 {
-    return on_gpu(r) ? moe_cuda_route(r->plan, a, r->device, r->stream, r->err) : moe_cpu_route(a, r->err);
+    return on_gpu(r) ? moe_cuda_route(r->plan, a, r->device, r->stream, r->err)
+                     : moe_cpu_route(a, r->err);
 }
 
 static int run_align(const run *r, const moe_align_args *a)
 {
-    return on_gpu(r) ? moe_cuda_align(r->plan, a, r->device, r->stream, r->err) : moe_cpu_align(a, r->err);
+    return on_gpu(r) ? moe_cuda_align(r->plan, a, r->device, r->stream, r->err)
+                     : moe_cpu_align(a, r->err);
 }
 
 static int run_gate_up(const run *r, const moe_gate_up_args *a)
 {
-    return on_gpu(r) ? moe_cuda_gate_up(r->plan, a, r->device, r->stream, r->err) : moe_cpu_gate_up(a, r->err);
+    return on_gpu(r) ? moe_cuda_gate_up(r->plan, a, r->device, r->stream, r->err)
+                     : moe_cpu_gate_up(a, r->err);
 }
 
 static int run_down(const run *r, const moe_down_args *a)
 {
-    return on_gpu(r) ? moe_cuda_down(r->plan, a, r->device, r->stream, r->err) : moe_cpu_down(a, r->err);
+    return on_gpu(r) ? moe_cuda_down(r->plan, a, r->device, r->stream, r->err)
+                     : moe_cpu_down(a, r->err);
 }
 
 static int run_combine(const run *r, const moe_combine_args *a)
 {
-    return on_gpu(r) ? moe_cuda_combine(r->plan, a, r->device, r->stream, r->err) : moe_cpu_combine(a, r->err);
+    return on_gpu(r) ? moe_cuda_combine(r->plan, a, r->device, r->stream, r->err)
+                     : moe_cpu_combine(a, r->err);
 }
 
 static moe_route_args route_args(const run *r, int64_t first_token, int64_t num_tokens)
@@ -163,10 +178,10 @@ static moe_gate_up_args gate_up_args(const run *r, int64_t first_token, int64_t 
     a.gated = o->gated;
     a.w13_order = o->w13_order;
     a.clamp = o->activation == MOE_ACT_SILU && o->has_limit ? o->clamp : MOE_CLAMP_NONE;
-    a.activation_alpha = o->has_alpha                         ? (float)o->activation_alpha
+    a.activation_alpha = o->has_alpha                          ? (float)o->activation_alpha
                          : o->activation == MOE_ACT_SWIGLU_OAI ? 1.702f
                                                                : 4.0f;
-    a.activation_limit = o->has_limit                         ? (float)o->activation_limit
+    a.activation_limit = o->has_limit                          ? (float)o->activation_limit
                          : o->activation == MOE_ACT_SWIGLU_OAI ? 7.0f
                                                                : 0.0f;
     return a;
@@ -228,7 +243,8 @@ static moe_combine_args combine_args(const run *r, int64_t first_token, int64_t 
         a.topk = p->topk;
         a.scale = (float)c->options.routed_scaling_factor;
         if (tensor_present(&c->shared_output)) {
-            a.shared_output = offset(&c->shared_output, first_token * row_stride(&c->shared_output));
+            a.shared_output =
+                offset(&c->shared_output, first_token * row_stride(&c->shared_output));
             a.shared_stride = row_stride(&c->shared_output);
         }
     } else { /* [num_tokens, topk, H] is the same stage with one slot per "token" */
@@ -261,10 +277,12 @@ static char *align_up(void *address)
     return (char *)(((uintptr_t)address + MOE_ALIGNMENT - 1) / MOE_ALIGNMENT * MOE_ALIGNMENT);
 }
 
-static run make_run(const moe_call *call, const moe_plan *plan, const moe_tensor *like, void *stream, moe_error *err)
+static run make_run(const moe_call *call, const moe_plan *plan, const moe_tensor *like,
+                    void *stream, moe_error *err)
 {
     run r = {call, plan, NULL, like->device, stream, err};
-    if (tensor_present(&call->workspace) && call->workspace.data) r.workspace = align_up(call->workspace.data);
+    if (tensor_present(&call->workspace) && call->workspace.data)
+        r.workspace = align_up(call->workspace.data);
     return r;
 }
 
@@ -274,7 +292,8 @@ int moe_run_layer(const moe_call *call, const moe_plan *plan, void *stream, moe_
     const run r = make_run(call, plan, &call->hidden_states, stream, err);
     for (int64_t first = 0; first < num_tokens; first += plan->chunk_tokens) {
         int64_t left = num_tokens - first;
-        if (run_chunk(&r, first, left < plan->chunk_tokens ? left : plan->chunk_tokens)) return err->status;
+        if (run_chunk(&r, first, left < plan->chunk_tokens ? left : plan->chunk_tokens))
+            return err->status;
     }
     return MOE_OK;
 }
@@ -363,13 +382,20 @@ int moe_run_stage(const moe_call *call, const moe_plan *plan, void *stream, moe_
                                                                  : &call->rows;
     const run r = make_run(call, plan, like, stream, err);
     switch (call->operation) {
-    case MOE_OP_ALIGN: return run_align_alone(&r); /* also of no tokens: expert_offsets are written */
-    case MOE_OP_ROUTE: return plan->problem.num_tokens ? run_route_alone(&r) : MOE_OK;
-    case MOE_OP_GATE_UP: return plan->problem.num_tokens ? run_gate_up_alone(&r) : MOE_OK;
-    case MOE_OP_DOWN: return plan->problem.num_tokens ? run_down_alone(&r) : MOE_OK;
-    case MOE_OP_COMBINE: return plan->problem.num_tokens ? run_combine_alone(&r) : MOE_OK;
+    case MOE_OP_ALIGN:
+        return run_align_alone(&r); /* also of no tokens: expert_offsets are written */
+    case MOE_OP_ROUTE:
+        return plan->problem.num_tokens ? run_route_alone(&r) : MOE_OK;
+    case MOE_OP_GATE_UP:
+        return plan->problem.num_tokens ? run_gate_up_alone(&r) : MOE_OK;
+    case MOE_OP_DOWN:
+        return plan->problem.num_tokens ? run_down_alone(&r) : MOE_OK;
+    case MOE_OP_COMBINE:
+        return plan->problem.num_tokens ? run_combine_alone(&r) : MOE_OK;
     case MOE_OP_FUSED_EXPERTS:
-    case MOE_OP_FUSED_MOE: break;
+    case MOE_OP_FUSED_MOE:
+        break;
     }
-    return moe_fail(err, MOE_ERROR_RUNTIME, "operation: expected a stage, got %d", (int)call->operation);
+    return moe_fail(err, MOE_ERROR_RUNTIME, "operation: expected a stage, got %d",
+                    (int)call->operation);
 }

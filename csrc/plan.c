@@ -20,25 +20,52 @@ typedef struct variant {
 enum { ARCH_sm80 = 80, ARCH_sm90a = 90 };
 enum { STAGE_gate_up = MOE_OP_GATE_UP, STAGE_down = MOE_OP_DOWN };
 #define DTYPE_bf16 MOE_BF16
-#define DTYPE_f16 MOE_F16
+#define DTYPE_f16  MOE_F16
 
 static const variant VARIANTS[] = {
-#define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k, stages, wm, wn, wk, cluster, align) \
-    {#name, ARCH_##arch, STAGE_##stage, DTYPE_##act, DTYPE_##weight, rows, cols, k, stages, wn,                                   \
-     MOE_GEMM_THREADS(wm, wn, wk), MOE_GEMM_SMEM_BYTES(rows, cols, k, stages), align},
+#define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
+                         stages, wm, wn, wk, cluster, align)                                       \
+    {#name,                                                                                        \
+     ARCH_##arch,                                                                                  \
+     STAGE_##stage,                                                                                \
+     DTYPE_##act,                                                                                  \
+     DTYPE_##weight,                                                                               \
+     rows,                                                                                         \
+     cols,                                                                                         \
+     k,                                                                                            \
+     stages,                                                                                       \
+     wn,                                                                                           \
+     MOE_GEMM_THREADS(wm, wn, wk),                                                                 \
+     MOE_GEMM_SMEM_BYTES(rows, cols, k, stages),                                                   \
+     align},
 #include "../kernels/gemm_variants.def"
 #undef MOE_GEMM_VARIANT
 };
 
 enum { NUM_VARIANTS = sizeof VARIANTS / sizeof *VARIANTS, SMALLEST_TILE_ROWS = 16 };
 
-const char *moe_variant_name(int32_t row) { return row >= 0 && row < NUM_VARIANTS ? VARIANTS[row].name : "cpu"; }
+const char *moe_variant_name(int32_t row)
+{
+    return row >= 0 && row < NUM_VARIANTS ? VARIANTS[row].name : "cpu";
+}
 
-int32_t moe_num_variants(void) { return NUM_VARIANTS; }
+int32_t moe_num_variants(void)
+{
+    return NUM_VARIANTS;
+}
 
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static int64_t ceil_div(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
+static int64_t round_up(int64_t a, int64_t b)
+{
+    return ceil_div(a, b) * b;
+}
+static int64_t min64(int64_t a, int64_t b)
+{
+    return a < b ? a : b;
+}
 
 void moe_default_device(moe_backend backend, int32_t num_sms, moe_device_info *info)
 {
@@ -76,7 +103,8 @@ static double expected_tiles(double experts, double mean, int32_t tile_rows)
 {
     double tiles = 1.0, spread = sqrt(mean);
     if (mean > 16.0 * tile_rows) return experts * (mean / tile_rows + 0.5);
-    for (int j = 1; j * tile_rows < mean + 5.0 * spread + tile_rows; ++j) /* P(rows > j * tile_rows) */
+    for (int j = 1; j * tile_rows < mean + 5.0 * spread + tile_rows;
+         ++j) /* P(rows > j * tile_rows) */
         tiles += 0.5 * erfc((j * tile_rows + 0.5 - mean) / (spread * 1.41421356 + 1e-9));
     return experts * tiles;
 }
@@ -84,34 +112,42 @@ static double expected_tiles(double experts, double mean, int32_t tile_rows)
 /* One grouped GEMM: weight_rows x depth weights per expert over num_slots rows. */
 typedef struct gemm_shape {
     double experts, rows_per_expert;
-    int64_t weight_rows, depth, element_bytes, row_bytes; /* row_bytes: read and written per row beside the weights */
+    int64_t weight_rows, depth, element_bytes,
+        row_bytes; /* row_bytes: read and written per row beside the weights */
 } gemm_shape;
 
 /* Microseconds a variant is expected to need. Three bounds: the memory stream; the waves of thread blocks, each of which
  * pays for filling its ring and then runs at the matrix rate or at the SM's share of L2; a launch. */
 static double variant_us(const variant *v, const gemm_shape *s, const moe_device_info *d)
 {
-    const double fill_us = 1.3;           /* first bytes of a cold ring, and the epilogue */
-    const double mma_share = 0.52;        /* mma.sync against the device's matrix rate, large tiles */
+    const double fill_us = 1.3;    /* first bytes of a cold ring, and the epilogue */
+    const double mma_share = 0.52; /* mma.sync against the device's matrix rate, large tiles */
     const double l2_bytes_per_us_sm = 4.4e4; /* with every SM busy */
     double tiles = expected_tiles(s->experts, s->rows_per_expert, v->rows);
     double blocks = tiles * (double)ceil_div(s->weight_rows, v->cols);
     int32_t by_smem = d->smem_per_sm / (v->smem_bytes + 1024), by_threads = 2048 / v->threads;
-    int32_t by_registers = v->rows * v->cols >= 128 * 256 ? 1 : v->rows * v->cols >= 128 * 128 ? 2 : 8;
+    int32_t by_registers = v->rows * v->cols >= 128 * 256   ? 1
+                           : v->rows * v->cols >= 128 * 128 ? 2
+                                                            : 8;
     double resident = fmax(1.0, fmin(by_smem, fmin(by_threads, by_registers)));
     double per_sm = fmin(resident, ceil(blocks / d->num_sms));
     double waves = blocks / (d->num_sms * per_sm);
     if (waves < 4.0) waves = ceil(waves); /* later waves fill in behind each other */
     double steps = (double)ceil_div(s->depth, v->k);
-    double flops = 2.0 * v->rows * v->cols * v->k, bytes = (double)(v->rows + v->cols) * v->k * (double)s->element_bytes;
+    double flops = 2.0 * v->rows * v->cols * v->k,
+           bytes = (double)(v->rows + v->cols) * v->k * (double)s->element_bytes;
     double tile_share = v->rows >= 128 ? 1.0 : v->rows >= 64 ? 0.8 : v->rows >= 32 ? 0.6 : 0.45;
-    double load_share = v->align_bytes >= 16 ? 1.0 : 0.12; /* single elements instead of 16-byte copies */
-    double step_us = fmax(flops / (d->flops_per_us / d->num_sms * mma_share * tile_share), bytes / (l2_bytes_per_us_sm * load_share));
+    double load_share =
+        v->align_bytes >= 16 ? 1.0 : 0.12; /* single elements instead of 16-byte copies */
+    double step_us = fmax(flops / (d->flops_per_us / d->num_sms * mma_share * tile_share),
+                          bytes / (l2_bytes_per_us_sm * load_share));
     double compute_us = waves * (fill_us + steps * per_sm * step_us);
-    double stream_bytes = s->experts * (double)s->weight_rows * (double)s->depth * (double)s->element_bytes +
-                          s->experts * s->rows_per_expert * (double)s->row_bytes;
+    double stream_bytes =
+        s->experts * (double)s->weight_rows * (double)s->depth * (double)s->element_bytes +
+        s->experts * s->rows_per_expert * (double)s->row_bytes;
     /* bytes in flight decide how much of the stream the resident blocks can draw: Little's law at about 0.9 us */
-    double in_flight = fmin(blocks, per_sm * d->num_sms) * (double)(v->stages - 1) * v->cols * v->k * (double)s->element_bytes;
+    double in_flight = fmin(blocks, per_sm * d->num_sms) * (double)(v->stages - 1) * v->cols *
+                       v->k * (double)s->element_bytes;
     double stream_us = stream_bytes / fmin(0.93 * d->read_bytes_per_us, in_flight / 0.9) + 2.0;
     return fmax(compute_us, stream_us);
 }
@@ -123,8 +159,8 @@ static bool usable(const variant *v, int32_t stage, const moe_problem *p, const 
            v->align_bytes <= p->vector_bytes && v->smem_bytes <= d->smem_per_block;
 }
 
-static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem *p, const moe_device_info *d, const gemm_shape *s,
-                            double *us)
+static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem *p,
+                            const moe_device_info *d, const gemm_shape *s, double *us)
 {
     int32_t best = -1;
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
@@ -155,7 +191,8 @@ static void expected_work(moe_gemm_plan *g, const gemm_shape *s)
 {
     double rows = s->experts * s->rows_per_expert;
     g->flops = 2.0 * rows * (double)s->weight_rows * (double)s->depth;
-    g->bytes = s->experts * (double)s->weight_rows * (double)s->depth * (double)s->element_bytes + rows * (double)s->row_bytes;
+    g->bytes = s->experts * (double)s->weight_rows * (double)s->depth * (double)s->element_bytes +
+               rows * (double)s->row_bytes;
 }
 
 /* ------------------------------------------------------------------------------------------------
@@ -163,7 +200,8 @@ static void expected_work(moe_gemm_plan *g, const gemm_shape *s)
 
 static bool needs(const moe_problem *p, int32_t stage)
 {
-    return p->operation == MOE_OP_FUSED_EXPERTS || p->operation == MOE_OP_FUSED_MOE || p->operation == stage;
+    return p->operation == MOE_OP_FUSED_EXPERTS || p->operation == MOE_OP_FUSED_MOE ||
+           p->operation == stage;
 }
 
 static bool is_layer(const moe_problem *p)
@@ -196,7 +234,8 @@ static void lay_out(const moe_plan *plan, int64_t chunk_tokens, moe_workspace *w
 {
     const moe_problem *p = &plan->problem;
     const bool gpu = plan->backend == MOE_CUDA, layer = is_layer(p);
-    const bool list = gpu && (needs(p, MOE_OP_ALIGN) || needs(p, MOE_OP_GATE_UP) || needs(p, MOE_OP_DOWN));
+    const bool list =
+        gpu && (needs(p, MOE_OP_ALIGN) || needs(p, MOE_OP_GATE_UP) || needs(p, MOE_OP_DOWN));
     const int64_t slots = chunk_tokens * p->topk, bytes = moe_dtype_bytes(p->dtype);
     const int32_t blocks = align_blocks(plan, slots);
     int64_t total = 0;
@@ -205,9 +244,11 @@ static void lay_out(const moe_plan *plan, int64_t chunk_tokens, moe_workspace *w
     w->expert_offsets = take(&total, layer, (p->num_experts + 1) * 4);
     w->sorted_token_ids = take(&total, layer, slots * 4);
     w->row_of_slot = take(&total, layer, slots * 4);
-    w->tiles = take(&total, list, most_tiles(p, slots, SMALLEST_TILE_ROWS) * (int64_t)sizeof(moe_tile));
+    w->tiles =
+        take(&total, list, most_tiles(p, slots, SMALLEST_TILE_ROWS) * (int64_t)sizeof(moe_tile));
     w->num_tiles = take(&total, list, 4);
-    w->counts = take(&total, gpu && needs(p, MOE_OP_ALIGN) && blocks > 1, (int64_t)blocks * p->num_experts * 4);
+    w->counts = take(&total, gpu && needs(p, MOE_OP_ALIGN) && blocks > 1,
+                     (int64_t)blocks * p->num_experts * 4);
     w->intermediate = take(&total, layer, slots * plan->intermediate_stride * bytes);
     w->rows = take(&total, layer, slots * plan->rows_stride * bytes);
     w->total = total;
@@ -221,8 +262,10 @@ static int64_t tokens_within(const moe_plan *plan, int64_t limit)
         int64_t middle = low + (high - low + 1) / 2;
         moe_workspace w;
         lay_out(plan, middle, &w);
-        if (w.total <= limit) low = middle;
-        else high = middle - 1;
+        if (w.total <= limit)
+            low = middle;
+        else
+            high = middle - 1;
     }
     return low;
 }
@@ -235,7 +278,9 @@ static int choose_chunk(moe_plan *plan, moe_error *err)
     if (p->num_tokens > 0 && plan->chunk_tokens == 0) {
         moe_workspace w;
         lay_out(plan, 1, &w);
-        return moe_fail(err, MOE_ERROR_VALUE, "workspace_limit: expected at least the %" PRId64 " bytes that one token needs, got %" PRId64,
+        return moe_fail(err, MOE_ERROR_VALUE,
+                        "workspace_limit: expected at least the %" PRId64
+                        " bytes that one token needs, got %" PRId64,
                         w.total, limit);
     }
     plan->num_chunks = plan->chunk_tokens ? ceil_div(p->num_tokens, plan->chunk_tokens) : 0;
@@ -245,7 +290,8 @@ static int choose_chunk(moe_plan *plan, moe_error *err)
 
 /* ------------------------------------------------------------------------------------------------ */
 
-static int choose_gemms(moe_plan *plan, const moe_device_info *d, const gemm_shape *gate_up, const gemm_shape *down, moe_error *err)
+static int choose_gemms(moe_plan *plan, const moe_device_info *d, const gemm_shape *gate_up,
+                        const gemm_shape *down, moe_error *err)
 {
     const moe_problem *p = &plan->problem;
     double best = INFINITY;
@@ -261,12 +307,15 @@ static int choose_gemms(moe_plan *plan, const moe_device_info *d, const gemm_sha
         plan->tile_rows = rows;
     }
     if (!isfinite(best))
-        return moe_fail(err, MOE_ERROR_NOT_IMPLEMENTED, "dtype: no kernel computes %s with %d-byte alignment on compute capability %d.%d",
-                        moe_dtype_name(p->dtype), p->vector_bytes, d->capability / 10, d->capability % 10);
+        return moe_fail(
+            err, MOE_ERROR_NOT_IMPLEMENTED,
+            "dtype: no kernel computes %s with %d-byte alignment on compute capability %d.%d",
+            moe_dtype_name(p->dtype), p->vector_bytes, d->capability / 10, d->capability % 10);
     return MOE_OK;
 }
 
-int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe_plan *plan, moe_error *err)
+int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe_plan *plan,
+                  moe_error *err)
 {
     memset(plan, 0, sizeof *plan);
     if (moe_validate_problem(problem, err)) return err->status;
@@ -278,19 +327,24 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
     const int64_t bytes = moe_dtype_bytes(p->dtype);
     plan->intermediate_stride = round_up(p->intermediate_size, 16 / bytes);
     plan->rows_stride = round_up(p->hidden_size, 16 / bytes);
-    plan->combine_vector_bytes = p->hidden_size * bytes % 16 == 0 ? p->out_vector_bytes : (int32_t)bytes;
+    plan->combine_vector_bytes =
+        p->hidden_size * bytes % 16 == 0 ? p->out_vector_bytes : (int32_t)bytes;
     if (choose_chunk(plan, err)) return err->status;
 
     const int64_t tokens = plan->chunk_tokens, slots = tokens * p->topk;
     const double experts = fmax(distinct_experts(p, tokens), 1e-9), rows = (double)slots / experts;
     const int32_t halves = p->gated ? 2 : 1;
-    const gemm_shape gate_up = {experts, rows, (int64_t)halves * p->intermediate_size, p->hidden_size, bytes,
-                                (p->hidden_size + p->intermediate_size) * bytes};
-    const gemm_shape down = {experts, rows, p->hidden_size, p->intermediate_size, bytes, (p->intermediate_size + p->hidden_size) * bytes};
+    const gemm_shape gate_up = {
+        experts,        rows,  (int64_t)halves * p->intermediate_size,
+        p->hidden_size, bytes, (p->hidden_size + p->intermediate_size) * bytes};
+    const gemm_shape down = {experts,        rows,
+                             p->hidden_size, p->intermediate_size,
+                             bytes,          (p->intermediate_size + p->hidden_size) * bytes};
     plan->gate_up.variant = plan->down.variant = -1;
     plan->align_blocks = align_blocks(plan, slots);
     plan->tile_rows = SMALLEST_TILE_ROWS;
-    if (plan->backend == MOE_CUDA && choose_gemms(plan, device, &gate_up, &down, err)) return err->status;
+    if (plan->backend == MOE_CUDA && choose_gemms(plan, device, &gate_up, &down, err))
+        return err->status;
     plan->max_tiles = (int32_t)most_tiles(p, slots, plan->tile_rows);
 
     expected_work(&plan->gate_up, &gate_up);
@@ -301,13 +355,18 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
     plan->flops = chunks * (plan->gate_up.flops + plan->down.flops);
     const int32_t align_launches = plan->align_blocks > 1 ? 3 : 1;
     if (plan->backend == MOE_CUDA) {
-        plan->us = chunks * (plan->gate_up.us + plan->down.us + combine_bytes / (0.9 * device->read_bytes_per_us) + 2.0 +
+        plan->us = chunks * (plan->gate_up.us + plan->down.us +
+                             combine_bytes / (0.9 * device->read_bytes_per_us) + 2.0 +
                              3.0 * align_launches + (p->routed ? 2.5 : 0));
-        plan->num_launches = (int32_t)min64(INT32_MAX, plan->num_chunks * (3 + align_launches + (p->routed ? 1 : 0)));
+        plan->num_launches = (int32_t)min64(
+            INT32_MAX, plan->num_chunks * (3 + align_launches + (p->routed ? 1 : 0)));
     } else {
-        plan->gate_up.us = fmax(plan->gate_up.bytes / device->read_bytes_per_us, plan->gate_up.flops / device->flops_per_us);
-        plan->down.us = fmax(plan->down.bytes / device->read_bytes_per_us, plan->down.flops / device->flops_per_us);
-        plan->us = chunks * (plan->gate_up.us + plan->down.us + combine_bytes / device->read_bytes_per_us);
+        plan->gate_up.us = fmax(plan->gate_up.bytes / device->read_bytes_per_us,
+                                plan->gate_up.flops / device->flops_per_us);
+        plan->down.us = fmax(plan->down.bytes / device->read_bytes_per_us,
+                             plan->down.flops / device->flops_per_us);
+        plan->us =
+            chunks * (plan->gate_up.us + plan->down.us + combine_bytes / device->read_bytes_per_us);
     }
     return MOE_OK;
 }

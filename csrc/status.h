@@ -5,8 +5,8 @@
 
 typedef enum moe_status {
     MOE_OK = 0,
-    MOE_ERROR_TYPE,            /* TypeError: wrong dtype, wrong kind of object */
-    MOE_ERROR_VALUE,           /* ValueError: shape, stride, alignment, device, overflow, refused buffer */
+    MOE_ERROR_TYPE,  /* TypeError: wrong dtype, wrong kind of object */
+    MOE_ERROR_VALUE, /* ValueError: shape, stride, alignment, device, overflow, refused buffer */
     MOE_ERROR_NOT_IMPLEMENTED, /* NotImplementedError: no such combination */
     MOE_ERROR_RUNTIME,         /* RuntimeError: driver, device or no GPU */
     MOE_ERROR_MEMORY,          /* MemoryError */

@@ -22,13 +22,19 @@ int moe_cuda_load(int device, moe_error *err);             /* every kernel of th
 int moe_cuda_survived_fork(moe_error *err);
 
 /* launch.c: the stages. Every one only launches. */
-int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device, void *stream, moe_error *err);
-int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device, void *stream, moe_error *err);
+int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device, void *stream,
+                   moe_error *err);
+int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device, void *stream,
+                   moe_error *err);
 /* tiles and num_tiles from expert_offsets that somebody else made */
-int moe_cuda_align_tiles(const moe_plan *plan, const moe_align_args *args, int device, void *stream, moe_error *err);
-int moe_cuda_gate_up(const moe_plan *plan, const moe_gate_up_args *args, int device, void *stream, moe_error *err);
-int moe_cuda_down(const moe_plan *plan, const moe_down_args *args, int device, void *stream, moe_error *err);
-int moe_cuda_combine(const moe_plan *plan, const moe_combine_args *args, int device, void *stream, moe_error *err);
+int moe_cuda_align_tiles(const moe_plan *plan, const moe_align_args *args, int device, void *stream,
+                         moe_error *err);
+int moe_cuda_gate_up(const moe_plan *plan, const moe_gate_up_args *args, int device, void *stream,
+                     moe_error *err);
+int moe_cuda_down(const moe_plan *plan, const moe_down_args *args, int device, void *stream,
+                  moe_error *err);
+int moe_cuda_combine(const moe_plan *plan, const moe_combine_args *args, int device, void *stream,
+                     moe_error *err);
 /* Runs the Hopper probe (tensor map, TMA, wgmma) and returns the largest absolute error, or fails. Synchronises. */
 int moe_cuda_probe_hopper(int device, double *max_error, moe_error *err);
 
@@ -46,13 +52,15 @@ int moe_cuda_graph_end(int device, void *stream, void **graph_exec, moe_error *e
 int moe_cuda_graph_launch(int device, void *graph_exec, void *stream, moe_error *err);
 int moe_cuda_graph_destroy(void *graph_exec);
 /* Replays a graph with an event on each side, ms_each[0 .. replays). */
-int moe_cuda_elapsed(int device, void *graph_exec, void *stream, int replays, float *ms_each, moe_error *err);
+int moe_cuda_elapsed(int device, void *graph_exec, void *stream, int replays, float *ms_each,
+                     moe_error *err);
 
 #else
 
-#define MOE_CUDA_ABSENT(err)                                                                                          \
-    moe_fail(err, MOE_ERROR_RUNTIME,                                                                                  \
-             "device: this build of fusedmoe has no GPU code (built with FUSEDMOE_CUDA=0); reinstall without "       \
+#define MOE_CUDA_ABSENT(err)                                                                       \
+    moe_fail(err, MOE_ERROR_RUNTIME,                                                               \
+             "device: this build of fusedmoe has no GPU code (built with FUSEDMOE_CUDA=0); "       \
+             "reinstall without "                                                                  \
              "that setting to use a GPU")
 
 static inline int moe_cuda_device_count(int *count, moe_error *err)
@@ -80,11 +88,12 @@ static inline int moe_cuda_load(int device, moe_error *err)
     (void)device;
     return MOE_CUDA_ABSENT(err);
 }
-#define MOE_CUDA_STAGE_STUB(name, type)                                                                               \
-    static inline int name(const moe_plan *plan, const type *args, int device, void *stream, moe_error *err)          \
-    {                                                                                                                 \
-        (void)plan, (void)args, (void)device, (void)stream;                                                           \
-        return MOE_CUDA_ABSENT(err);                                                                                  \
+#define MOE_CUDA_STAGE_STUB(name, type)                                                            \
+    static inline int name(const moe_plan *plan, const type *args, int device, void *stream,       \
+                           moe_error *err)                                                         \
+    {                                                                                              \
+        (void)plan, (void)args, (void)device, (void)stream;                                        \
+        return MOE_CUDA_ABSENT(err);                                                               \
     }
 MOE_CUDA_STAGE_STUB(moe_cuda_route, moe_route_args)
 MOE_CUDA_STAGE_STUB(moe_cuda_align, moe_align_args)
@@ -109,7 +118,8 @@ static inline int moe_cuda_free(int device, void *ptr)
     (void)device, (void)ptr;
     return 0;
 }
-static inline int moe_cuda_copy(int device, void *dst, const void *src, int64_t bytes, int kind, moe_error *err)
+static inline int moe_cuda_copy(int device, void *dst, const void *src, int64_t bytes, int kind,
+                                moe_error *err)
 {
     (void)device, (void)dst, (void)src, (void)bytes, (void)kind;
     return MOE_CUDA_ABSENT(err);
@@ -119,7 +129,8 @@ static inline int moe_cuda_synchronize(int device, moe_error *err)
     (void)device;
     return MOE_CUDA_ABSENT(err);
 }
-static inline int moe_cuda_memory(int device, int64_t *free_bytes, int64_t *total_bytes, moe_error *err)
+static inline int moe_cuda_memory(int device, int64_t *free_bytes, int64_t *total_bytes,
+                                  moe_error *err)
 {
     (void)device, (void)free_bytes, (void)total_bytes;
     return MOE_CUDA_ABSENT(err);
@@ -154,8 +165,8 @@ static inline int moe_cuda_graph_destroy(void *graph_exec)
     (void)graph_exec;
     return 0;
 }
-static inline int moe_cuda_elapsed(int device, void *graph_exec, void *stream, int replays, float *ms_each,
-                                   moe_error *err)
+static inline int moe_cuda_elapsed(int device, void *graph_exec, void *stream, int replays,
+                                   float *ms_each, moe_error *err)
 {
     (void)device, (void)graph_exec, (void)stream, (void)replays, (void)ms_each;
     return MOE_CUDA_ABSENT(err);

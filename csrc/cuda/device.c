@@ -12,7 +12,8 @@ static int enter(int device, const moe_driver **driver, int *pushed, moe_error *
     return moe_context_enter(*driver, state, pushed, err);
 }
 
-static int leave(const moe_driver *driver, int pushed, CUresult code, const char *what, moe_error *err)
+static int leave(const moe_driver *driver, int pushed, CUresult code, const char *what,
+                 moe_error *err)
 {
     moe_context_leave(driver, pushed);
     return code == CUDA_SUCCESS ? MOE_OK : moe_cuda_fail(driver, code, what, err);
@@ -23,7 +24,9 @@ int moe_cuda_alloc(int device, int64_t bytes, void **ptr, moe_error *err)
     const moe_driver *driver = NULL;
     int pushed = 0;
     CUdeviceptr memory = 0;
-    if (bytes < 1) return moe_fail(err, MOE_ERROR_VALUE, "nbytes: expected at least 1, got %lld", (long long)bytes);
+    if (bytes < 1)
+        return moe_fail(err, MOE_ERROR_VALUE, "nbytes: expected at least 1, got %lld",
+                        (long long)bytes);
     if (enter(device, &driver, &pushed, err)) return err->status;
     CUresult code = driver->cuMemAlloc(&memory, (size_t)bytes);
     *ptr = (void *)(uintptr_t)memory;
@@ -45,7 +48,9 @@ int moe_cuda_copy(int device, void *dst, const void *src, int64_t bytes, int kin
 {
     const moe_driver *driver = NULL;
     int pushed = 0;
-    if (bytes < 0) return moe_fail(err, MOE_ERROR_VALUE, "nbytes: expected at least 0, got %lld", (long long)bytes);
+    if (bytes < 0)
+        return moe_fail(err, MOE_ERROR_VALUE, "nbytes: expected at least 0, got %lld",
+                        (long long)bytes);
     if (bytes == 0) return MOE_OK;
     if (enter(device, &driver, &pushed, err)) return err->status;
     CUdeviceptr to = (CUdeviceptr)(uintptr_t)dst, from = (CUdeviceptr)(uintptr_t)src;
@@ -129,8 +134,9 @@ int moe_cuda_graph_destroy(void *graph_exec)
 }
 
 /* work(argument, stream) between two events, once */
-static CUresult time_once(const moe_driver *driver, CUstream stream, CUresult (*work)(const moe_driver *, void *, CUstream),
-                          void *argument, float *ms)
+static CUresult time_once(const moe_driver *driver, CUstream stream,
+                          CUresult (*work)(const moe_driver *, void *, CUstream), void *argument,
+                          float *ms)
 {
     CUevent begin = NULL, end = NULL;
     CUresult code = driver->cuEventCreate(&begin, CU_EVENT_DEFAULT);
@@ -145,15 +151,20 @@ static CUresult time_once(const moe_driver *driver, CUstream stream, CUresult (*
     return code;
 }
 
-static CUresult replay(const moe_driver *driver, void *graph_exec, CUstream stream) { return driver->cuGraphLaunch(graph_exec, stream); }
+static CUresult replay(const moe_driver *driver, void *graph_exec, CUstream stream)
+{
+    return driver->cuGraphLaunch(graph_exec, stream);
+}
 
-int moe_cuda_elapsed(int device, void *graph_exec, void *stream, int replays, float *ms_each, moe_error *err)
+int moe_cuda_elapsed(int device, void *graph_exec, void *stream, int replays, float *ms_each,
+                     moe_error *err)
 {
     const moe_driver *driver = NULL;
     int pushed = 0;
     CUresult code = CUDA_SUCCESS;
     if (enter(device, &driver, &pushed, err)) return err->status;
-    for (int i = 0; i < replays && code == CUDA_SUCCESS; ++i) code = time_once(driver, stream, replay, graph_exec, &ms_each[i]);
+    for (int i = 0; i < replays && code == CUDA_SUCCESS; ++i)
+        code = time_once(driver, stream, replay, graph_exec, &ms_each[i]);
     return leave(driver, pushed, code, "timing a graph", err);
 }
 

@@ -25,15 +25,19 @@ static struct {
 } devices[MOE_MAX_DEVICES];
 static pthread_mutex_t devices_lock = PTHREAD_MUTEX_INITIALIZER;
 
-static void mark_fork(void) { atomic_store_explicit(&forked, 1, memory_order_relaxed); }
+static void mark_fork(void)
+{
+    atomic_store_explicit(&forked, 1, memory_order_relaxed);
+}
 
 int moe_cuda_fail(const moe_driver *driver, CUresult code, const char *what, moe_error *err)
 {
     const char *name = NULL, *text = NULL;
     driver->cuGetErrorName(code, &name);
     driver->cuGetErrorString(code, &text);
-    moe_fail(err, code == CUDA_ERROR_OUT_OF_MEMORY ? MOE_ERROR_MEMORY : MOE_ERROR_RUNTIME, "%s: %s (%s)", what,
-             name ? name : "unknown CUDA error", text ? text : "no description");
+    moe_fail(err, code == CUDA_ERROR_OUT_OF_MEMORY ? MOE_ERROR_MEMORY : MOE_ERROR_RUNTIME,
+             "%s: %s (%s)", what, name ? name : "unknown CUDA error",
+             text ? text : "no description");
     if (!err->cuda_code) err->cuda_code = (int)code;
     return err->status;
 }
@@ -44,15 +48,18 @@ static void open_driver(void)
     void *library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
     if (!library) {
         moe_fail(err, MOE_ERROR_RUNTIME,
-                 "device: expected an NVIDIA driver, found none (%s); CPU tensors work without one", dlerror());
+                 "device: expected an NVIDIA driver, found none (%s); CPU tensors work without one",
+                 dlerror());
         return;
     }
-    CUresult (*get)(const char *, void **, int, cuuint64_t, CUdriverProcAddressQueryResult *) = NULL;
+    CUresult (*get)(const char *, void **, int, cuuint64_t, CUdriverProcAddressQueryResult *) =
+        NULL;
     void *symbol = dlsym(library, "cuGetProcAddress_v2");
     memcpy(&get, &symbol, sizeof get);
     if (!get) {
-        moe_fail(err, MOE_ERROR_RUNTIME, "device: the NVIDIA driver is too old; CUDA 12.0 (driver 525) or newer is needed, "
-                                         "and driver 580 or newer for the kernels of this build");
+        moe_fail(err, MOE_ERROR_RUNTIME,
+                 "device: the NVIDIA driver is too old; CUDA 12.0 (driver 525) or newer is needed, "
+                 "and driver 580 or newer for the kernels of this build");
         return;
     }
     const struct {
@@ -67,9 +74,11 @@ static void open_driver(void)
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; ++i) {
         void *function = NULL;
         CUdriverProcAddressQueryResult found = CU_GET_PROC_ADDRESS_SUCCESS;
-        if (get(wanted[i].name, &function, wanted[i].version, CU_GET_PROC_ADDRESS_DEFAULT, &found) != CUDA_SUCCESS ||
+        if (get(wanted[i].name, &function, wanted[i].version, CU_GET_PROC_ADDRESS_DEFAULT,
+                &found) != CUDA_SUCCESS ||
             !function) {
-            moe_fail(err, MOE_ERROR_RUNTIME, "device: the NVIDIA driver is too old: it has no %s of CUDA %d.%d",
+            moe_fail(err, MOE_ERROR_RUNTIME,
+                     "device: the NVIDIA driver is too old: it has no %s of CUDA %d.%d",
                      wanted[i].name, wanted[i].version / 1000, wanted[i].version % 1000 / 10);
             return;
         }
@@ -77,7 +86,8 @@ static void open_driver(void)
     }
     CUresult code = driver_table.cuInit(0);
     if (code == CUDA_ERROR_NO_DEVICE) {
-        moe_fail(err, MOE_ERROR_RUNTIME, "device: expected a GPU, the driver sees none (is CUDA_VISIBLE_DEVICES empty?)");
+        moe_fail(err, MOE_ERROR_RUNTIME,
+                 "device: expected a GPU, the driver sees none (is CUDA_VISIBLE_DEVICES empty?)");
         err->cuda_code = (int)code;
         return;
     }
@@ -91,8 +101,9 @@ static void open_driver(void)
 int moe_cuda_survived_fork(moe_error *err)
 {
     if (!atomic_load_explicit(&forked, memory_order_relaxed)) return MOE_OK;
-    return moe_fail(err, MOE_ERROR_RUNTIME, "device: this process was forked after CUDA was initialised, and CUDA does not "
-                                                "survive a fork; start the child with the 'spawn' method");
+    return moe_fail(err, MOE_ERROR_RUNTIME,
+                    "device: this process was forked after CUDA was initialised, and CUDA does not "
+                    "survive a fork; start the child with the 'spawn' method");
 }
 
 int moe_driver_get(const moe_driver **driver, moe_error *err)
@@ -125,11 +136,13 @@ int moe_cuda_device_count(int *count, moe_error *err)
     return code == CUDA_SUCCESS ? MOE_OK : moe_cuda_fail(driver, code, "cuDeviceGetCount", err);
 }
 
-int moe_context_enter(const moe_driver *driver, const moe_device *state, int *pushed, moe_error *err)
+int moe_context_enter(const moe_driver *driver, const moe_device *state, int *pushed,
+                      moe_error *err)
 {
     CUcontext current = NULL;
     *pushed = 0;
-    if (driver->cuCtxGetCurrent(&current) == CUDA_SUCCESS && current == state->context) return MOE_OK;
+    if (driver->cuCtxGetCurrent(&current) == CUDA_SUCCESS && current == state->context)
+        return MOE_OK;
     CUresult code = driver->cuCtxPushCurrent(state->context);
     if (code != CUDA_SUCCESS) return moe_cuda_fail(driver, code, "cuCtxPushCurrent", err);
     *pushed = 1;
@@ -142,13 +155,15 @@ void moe_context_leave(const moe_driver *driver, int pushed)
     if (pushed) driver->cuCtxPopCurrent(&popped);
 }
 
-static int attribute(const moe_driver *driver, CUdevice handle, CUdevice_attribute which, int *value, moe_error *err)
+static int attribute(const moe_driver *driver, CUdevice handle, CUdevice_attribute which,
+                     int *value, moe_error *err)
 {
     CUresult code = driver->cuDeviceGetAttribute(value, which, handle);
     return code == CUDA_SUCCESS ? MOE_OK : moe_cuda_fail(driver, code, "cuDeviceGetAttribute", err);
 }
 
-static int describe(const moe_driver *driver, CUdevice handle, int device, moe_device_info *info, moe_error *err)
+static int describe(const moe_driver *driver, CUdevice handle, int device, moe_device_info *info,
+                    moe_error *err)
 {
     int major = 0, minor = 0, l2 = 0, memory_khz = 0, bus_bits = 0, sm_khz = 0;
     memset(info, 0, sizeof *info);
@@ -159,8 +174,10 @@ static int describe(const moe_driver *driver, CUdevice handle, int device, moe_d
     if (attribute(driver, handle, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, &major, err) ||
         attribute(driver, handle, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, &minor, err) ||
         attribute(driver, handle, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, &info->num_sms, err) ||
-        attribute(driver, handle, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, &info->smem_per_block, err) ||
-        attribute(driver, handle, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR, &info->smem_per_sm, err) ||
+        attribute(driver, handle, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN,
+                  &info->smem_per_block, err) ||
+        attribute(driver, handle, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR,
+                  &info->smem_per_sm, err) ||
         attribute(driver, handle, CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, &l2, err) ||
         attribute(driver, handle, CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE, &memory_khz, err) ||
         attribute(driver, handle, CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH, &bus_bits, err) ||
@@ -172,7 +189,8 @@ static int describe(const moe_driver *driver, CUdevice handle, int device, moe_d
     info->read_bytes_per_us = 0.96 * 2.0 * memory_khz * 1e-3 * bus_bits / 8.0;
     /* the dense 16-bit matrix rate: 2048 multiply-adds per clock and SM on Hopper, half of that on sm_80 */
     /* at the clock that such work sustains, about three quarters of the boost clock */
-    info->flops_per_us = 0.74 * 2.0 * (major >= 9 ? 2048.0 : 1024.0) * info->num_sms * sm_khz * 1e-3;
+    info->flops_per_us =
+        0.74 * 2.0 * (major >= 9 ? 2048.0 : 1024.0) * info->num_sms * sm_khz * 1e-3;
     return MOE_OK;
 }
 
@@ -183,45 +201,53 @@ static int open_device(const moe_driver *driver, int device, moe_device *state, 
     CUresult code = driver->cuDeviceGetCount(&count);
     if (code != CUDA_SUCCESS) return moe_cuda_fail(driver, code, "cuDeviceGetCount", err);
     if (device < 0 || device >= count || device >= MOE_MAX_DEVICES)
-        return moe_fail(err, MOE_ERROR_RUNTIME, "device: expected a GPU in 0 .. %d, got %d", count - 1, device);
+        return moe_fail(err, MOE_ERROR_RUNTIME, "device: expected a GPU in 0 .. %d, got %d",
+                        count - 1, device);
     code = driver->cuDeviceGet(&state->handle, device);
     if (code != CUDA_SUCCESS) return moe_cuda_fail(driver, code, "cuDeviceGet", err);
     if (describe(driver, state->handle, device, &state->info, err)) return err->status;
     if (state->info.capability < 80)
-        return moe_fail(err, MOE_ERROR_NOT_IMPLEMENTED, "device: expected compute capability 8.0 or newer, got %d.%d (%s)",
+        return moe_fail(err, MOE_ERROR_NOT_IMPLEMENTED,
+                        "device: expected compute capability 8.0 or newer, got %d.%d (%s)",
                         state->info.capability / 10, state->info.capability % 10, state->info.name);
     code = driver->cuDevicePrimaryCtxRetain(&state->context, state->handle);
-    return code == CUDA_SUCCESS ? MOE_OK : moe_cuda_fail(driver, code, "cuDevicePrimaryCtxRetain", err);
+    return code == CUDA_SUCCESS ? MOE_OK
+                                : moe_cuda_fail(driver, code, "cuDevicePrimaryCtxRetain", err);
 }
 
-static CUresult load_kernel(const moe_driver *driver, CUlibrary library, const moe_kernel_row *row, moe_device *state, int slot)
+static CUresult load_kernel(const moe_driver *driver, CUlibrary library, const moe_kernel_row *row,
+                            moe_device *state, int slot)
 {
     CUfunction *function = &state->kernels[slot].function;
     CUkernel kernel = NULL;
     CUresult code = driver->cuLibraryGetKernel(&kernel, library, row->name);
     if (code == CUDA_SUCCESS && row->smem_bytes > 48 * 1024)
-        code = driver->cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, row->smem_bytes, kernel,
-                                            state->handle);
+        code = driver->cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                                            row->smem_bytes, kernel, state->handle);
     /* asking for the function loads the code now, so that no later launch has to do it inside a capture */
     if (code == CUDA_SUCCESS) code = driver->cuKernelGetFunction(function, kernel);
     /* griddepcontrol is there in code made from compute_90 on, not in the compute_80 PTX compiled for a newer GPU */
     int ptx = 0;
-    if (code == CUDA_SUCCESS) code = driver->cuKernelGetAttribute(&ptx, CU_FUNC_ATTRIBUTE_PTX_VERSION, kernel, state->handle);
+    if (code == CUDA_SUCCESS)
+        code = driver->cuKernelGetAttribute(&ptx, CU_FUNC_ATTRIBUTE_PTX_VERSION, kernel,
+                                            state->handle);
     state->kernels[slot].dependent = ptx >= 90;
     return code;
 }
 
 /* A library is context-free, but loading it twice for two devices is harmless and keeps devices apart. */
-static int load_fatbin(const moe_driver *driver, moe_device *state, const moe_fatbin *fatbin, moe_error *err)
+static int load_fatbin(const moe_driver *driver, moe_device *state, const moe_fatbin *fatbin,
+                       moe_error *err)
 {
     int count = 0;
     const moe_kernel_row *table = moe_kernel_table(&count);
     CUlibrary library = NULL;
-    CUresult loaded = driver->cuLibraryLoadData(&library, fatbin->begin, NULL, NULL, 0, NULL, NULL, 0);
+    CUresult loaded =
+        driver->cuLibraryLoadData(&library, fatbin->begin, NULL, NULL, 0, NULL, NULL, 0);
     for (int i = 0; i < count; ++i) {
         if (strcmp(table[i].fatbin, fatbin->name) != 0) continue;
-        CUresult code = loaded != CUDA_SUCCESS ? loaded
-                                               : load_kernel(driver, library, &table[i], state, i);
+        CUresult code =
+            loaded != CUDA_SUCCESS ? loaded : load_kernel(driver, library, &table[i], state, i);
         if (code == CUDA_SUCCESS) continue;
         state->kernels[i].function = NULL;
         /* a Hopper kernel on another GPU, or with CUDA_FORCE_PTX_JIT: absent, and a launch says so */
@@ -229,7 +255,8 @@ static int load_fatbin(const moe_driver *driver, moe_device *state, const moe_fa
             if (table[i].arch == 90) continue;
         }
         char what[160];
-        snprintf(what, sizeof what, "device: loading kernel %s on %s failed", table[i].name, state->info.name);
+        snprintf(what, sizeof what, "device: loading kernel %s on %s failed", table[i].name,
+                 state->info.name);
         return moe_cuda_fail(driver, code, what, err);
     }
     return MOE_OK;
@@ -241,7 +268,8 @@ static int load_kernels(const moe_driver *driver, moe_device *state, moe_error *
     CUstreamCaptureMode mode = CU_STREAM_CAPTURE_MODE_RELAXED;
     if (moe_context_enter(driver, state, &pushed, err)) return err->status;
     driver->cuThreadExchangeStreamCaptureMode(&mode);
-    for (int i = 0; i < moe_num_fatbins && !err->status; ++i) load_fatbin(driver, state, &moe_fatbins[i], err);
+    for (int i = 0; i < moe_num_fatbins && !err->status; ++i)
+        load_fatbin(driver, state, &moe_fatbins[i], err);
     driver->cuThreadExchangeStreamCaptureMode(&mode);
     moe_context_leave(driver, pushed);
     return err->status;
@@ -252,22 +280,33 @@ static int get_device(int device, bool with_kernels, moe_device **state, moe_err
     const moe_driver *driver = NULL;
     if (moe_driver_get(&driver, err)) return err->status;
     if (device < 0 || device >= MOE_MAX_DEVICES)
-        return moe_fail(err, MOE_ERROR_RUNTIME, "device: expected a GPU below %d, got %d", MOE_MAX_DEVICES, device);
+        return moe_fail(err, MOE_ERROR_RUNTIME, "device: expected a GPU below %d, got %d",
+                        MOE_MAX_DEVICES, device);
     *state = &devices[device].state;
-    if (atomic_load_explicit(with_kernels ? &devices[device].ready : &devices[device].opened, memory_order_acquire)) return MOE_OK;
+    if (atomic_load_explicit(with_kernels ? &devices[device].ready : &devices[device].opened,
+                             memory_order_acquire))
+        return MOE_OK;
     pthread_mutex_lock(&devices_lock);
-    if (!atomic_load_explicit(&devices[device].opened, memory_order_relaxed) && !open_device(driver, device, *state, err))
+    if (!atomic_load_explicit(&devices[device].opened, memory_order_relaxed) &&
+        !open_device(driver, device, *state, err))
         atomic_store_explicit(&devices[device].opened, 1, memory_order_release);
-    if (with_kernels && !err->status && !atomic_load_explicit(&devices[device].ready, memory_order_relaxed) &&
+    if (with_kernels && !err->status &&
+        !atomic_load_explicit(&devices[device].ready, memory_order_relaxed) &&
         !load_kernels(driver, *state, err))
         atomic_store_explicit(&devices[device].ready, 1, memory_order_release);
     pthread_mutex_unlock(&devices_lock);
     return err->status;
 }
 
-int moe_device_get(int device, moe_device **state, moe_error *err) { return get_device(device, true, state, err); }
+int moe_device_get(int device, moe_device **state, moe_error *err)
+{
+    return get_device(device, true, state, err);
+}
 
-int moe_device_open(int device, moe_device **state, moe_error *err) { return get_device(device, false, state, err); }
+int moe_device_open(int device, moe_device **state, moe_error *err)
+{
+    return get_device(device, false, state, err);
+}
 
 int moe_cuda_device_info(int device, moe_device_info *info, moe_error *err)
 {

@@ -65,8 +65,8 @@ typedef struct moe_device {
     CUcontext context; /* NULL until the device is opened */
     moe_device_info info;
     struct {
-        CUfunction function; /* NULL: no code for this device */
-        bool dependent;      /* executes griddepcontrol: may start before its predecessor ends */
+        CUfunction function;    /* NULL: no code for this device */
+        bool dependent;         /* executes griddepcontrol: may start before its predecessor ends */
     } kernels[MOE_MAX_KERNELS]; /* by row of the kernel table */
 } moe_device;
 
@@ -90,7 +90,8 @@ int moe_device_get(int device, moe_device **state, moe_error *err);
 int moe_device_open(int device, moe_device **state, moe_error *err);
 
 /* Makes the device's context current where it is not; undo with moe_context_leave(pushed). */
-int moe_context_enter(const moe_driver *driver, const moe_device *state, int *pushed, moe_error *err);
+int moe_context_enter(const moe_driver *driver, const moe_device *state, int *pushed,
+                      moe_error *err);
 void moe_context_leave(const moe_driver *driver, int pushed);
 
 /* `what: CUDA_ERROR_NAME (text)`; MOE_ERROR_MEMORY for out of memory, else MOE_ERROR_RUNTIME. */

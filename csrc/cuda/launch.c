@@ -26,9 +26,9 @@ enum {
 };
 
 #define PARAMS_gate_up moe_gate_up_args
-#define PARAMS_down moe_down_args
-#define ARCH_sm80 80
-#define ARCH_sm90a 90
+#define PARAMS_down    moe_down_args
+#define ARCH_sm80      80
+#define ARCH_sm90a     90
 
 static const moe_kernel_row KERNELS[] = {
     [KERNEL_ROUTE] = {"moe_route", "route", 0, 80, sizeof(moe_route_args)},
@@ -39,17 +39,21 @@ static const moe_kernel_row KERNELS[] = {
     [KERNEL_ALIGN_TILES] = {"moe_align_tiles", "align", 0, 80, sizeof(moe_align_args)},
     [KERNEL_COMBINE_BF16] = {"moe_combine_bf16", "combine", 0, 80, sizeof(moe_combine_args)},
     [KERNEL_COMBINE_F16] = {"moe_combine_f16", "combine", 0, 80, sizeof(moe_combine_args)},
-    [KERNEL_COMBINE_BF16_ANY] = {"moe_combine_bf16_any", "combine", 0, 80, sizeof(moe_combine_args)},
+    [KERNEL_COMBINE_BF16_ANY] = {"moe_combine_bf16_any", "combine", 0, 80,
+                                 sizeof(moe_combine_args)},
     [KERNEL_COMBINE_F16_ANY] = {"moe_combine_f16_any", "combine", 0, 80, sizeof(moe_combine_args)},
     [KERNEL_HOPPER_PROBE] = {"moe_hopper_probe", "hopper_probe", 0, 90, 0},
-#define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k, stages, wm, wn, wk, cluster, align) \
-    {#name, #stage, MOE_GEMM_SMEM_BYTES(rows, cols, k, stages), ARCH_##arch, sizeof(PARAMS_##stage)},
+#define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
+                         stages, wm, wn, wk, cluster, align)                                       \
+    {#name, #stage, MOE_GEMM_SMEM_BYTES(rows, cols, k, stages), ARCH_##arch,                       \
+     sizeof(PARAMS_##stage)},
 #include "../../kernels/gemm_variants.def"
 #undef MOE_GEMM_VARIANT
 };
 
 enum { NUM_KERNELS = sizeof KERNELS / sizeof *KERNELS };
-_Static_assert(sizeof KERNELS / sizeof *KERNELS <= (size_t)MOE_MAX_KERNELS, "moe_device.kernels holds a function per row");
+_Static_assert(sizeof KERNELS / sizeof *KERNELS <= (size_t)MOE_MAX_KERNELS,
+               "moe_device.kernels holds a function per row");
 
 const moe_kernel_row *moe_kernel_table(int *count)
 {
@@ -90,7 +94,8 @@ static int synchronise(const moe_driver *driver, CUstream stream, const char *na
     return code == CUDA_SUCCESS ? MOE_OK : moe_cuda_fail(driver, code, what, err);
 }
 
-static int launch(int kernel, const geometry *g, void *args, int device, void *stream, moe_error *err)
+static int launch(int kernel, const geometry *g, void *args, int device, void *stream,
+                  moe_error *err)
 {
     const moe_driver *driver = NULL;
     moe_device *state = NULL;
@@ -98,9 +103,11 @@ static int launch(int kernel, const geometry *g, void *args, int device, void *s
     if (moe_driver_get(&driver, err) || moe_device_get(device, &state, err)) return err->status;
     CUfunction function = state->kernels[kernel].function;
     if (!function)
-        return moe_fail(err, MOE_ERROR_NOT_IMPLEMENTED, "device: kernel %s has no code for %s", KERNELS[kernel].name, state->info.name);
+        return moe_fail(err, MOE_ERROR_NOT_IMPLEMENTED, "device: kernel %s has no code for %s",
+                        KERNELS[kernel].name, state->info.name);
     if (g->blocks < 1 || g->blocks > INT32_MAX)
-        return moe_fail(err, MOE_ERROR_VALUE, "num_tokens: %s would need %lld thread blocks", KERNELS[kernel].name, (long long)g->blocks);
+        return moe_fail(err, MOE_ERROR_VALUE, "num_tokens: %s would need %lld thread blocks",
+                        KERNELS[kernel].name, (long long)g->blocks);
     if (setting("FUSEDMOE_NO_LAUNCH", &no_launch_setting)) return MOE_OK;
     CUlaunchAttribute attribute;
     memset(&attribute, 0, sizeof attribute);
@@ -130,9 +137,13 @@ static int launch(int kernel, const geometry *g, void *args, int device, void *s
     return err->status;
 }
 
-static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static int64_t ceil_div(int64_t a, int64_t b)
+{
+    return (a + b - 1) / b;
+}
 
-int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device, void *stream, moe_error *err)
+int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device, void *stream,
+                   moe_error *err)
 {
     (void)plan;
     moe_route_args a = *args;
@@ -140,17 +151,20 @@ int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device,
     return launch(KERNEL_ROUTE, &g, &a, device, stream, err);
 }
 
-int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device, void *stream, moe_error *err)
+int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device, void *stream,
+                   moe_error *err)
 {
     moe_align_args a = *args;
-    const geometry one = {1, MOE_ALIGN_THREADS, 0, true}, many = {plan->align_blocks, MOE_ALIGN_THREADS, 0, true};
+    const geometry one = {1, MOE_ALIGN_THREADS, 0, true},
+                   many = {plan->align_blocks, MOE_ALIGN_THREADS, 0, true};
     if (plan->align_blocks == 1) return launch(KERNEL_ALIGN_ONE, &one, &a, device, stream, err);
     if (launch(KERNEL_ALIGN_COUNT, &many, &a, device, stream, err)) return err->status;
     if (launch(KERNEL_ALIGN_SCAN, &one, &a, device, stream, err)) return err->status;
     return launch(KERNEL_ALIGN_PLACE, &many, &a, device, stream, err);
 }
 
-int moe_cuda_align_tiles(const moe_plan *plan, const moe_align_args *args, int device, void *stream, moe_error *err)
+int moe_cuda_align_tiles(const moe_plan *plan, const moe_align_args *args, int device, void *stream,
+                         moe_error *err)
 {
     (void)plan;
     moe_align_args a = *args;
@@ -160,18 +174,21 @@ int moe_cuda_align_tiles(const moe_plan *plan, const moe_align_args *args, int d
 
 static geometry gemm_geometry(const moe_gemm_plan *gemm, int32_t max_tiles)
 {
-    const geometry g = {(int64_t)gemm->grid_cols * max_tiles, gemm->threads, gemm->smem_bytes, true};
+    const geometry g = {(int64_t)gemm->grid_cols * max_tiles, gemm->threads, gemm->smem_bytes,
+                        true};
     return g;
 }
 
-int moe_cuda_gate_up(const moe_plan *plan, const moe_gate_up_args *args, int device, void *stream, moe_error *err)
+int moe_cuda_gate_up(const moe_plan *plan, const moe_gate_up_args *args, int device, void *stream,
+                     moe_error *err)
 {
     moe_gate_up_args a = *args;
     const geometry g = gemm_geometry(&plan->gate_up, plan->max_tiles);
     return launch(KERNEL_FIRST_VARIANT + plan->gate_up.variant, &g, &a, device, stream, err);
 }
 
-int moe_cuda_down(const moe_plan *plan, const moe_down_args *args, int device, void *stream, moe_error *err)
+int moe_cuda_down(const moe_plan *plan, const moe_down_args *args, int device, void *stream,
+                  moe_error *err)
 {
     moe_down_args a = *args;
     geometry g = gemm_geometry(&plan->down, plan->max_tiles);
@@ -180,11 +197,13 @@ int moe_cuda_down(const moe_plan *plan, const moe_down_args *args, int device, v
     return launch(KERNEL_FIRST_VARIANT + plan->down.variant, &g, &a, device, stream, err);
 }
 
-int moe_cuda_combine(const moe_plan *plan, const moe_combine_args *args, int device, void *stream, moe_error *err)
+int moe_cuda_combine(const moe_plan *plan, const moe_combine_args *args, int device, void *stream,
+                     moe_error *err)
 {
     moe_combine_args a = *args;
     bool vector = plan->combine_vector_bytes == 16, bf16 = a.dtype == MOE_BF16;
-    int kernel = vector ? (bf16 ? KERNEL_COMBINE_BF16 : KERNEL_COMBINE_F16) : (bf16 ? KERNEL_COMBINE_BF16_ANY : KERNEL_COMBINE_F16_ANY);
+    int kernel = vector ? (bf16 ? KERNEL_COMBINE_BF16 : KERNEL_COMBINE_F16)
+                        : (bf16 ? KERNEL_COMBINE_BF16_ANY : KERNEL_COMBINE_F16_ANY);
     int64_t blocks = a.num_tokens * ceil_div(a.hidden_size, MOE_COMBINE_COLS);
     const geometry g = {blocks < (1 << 30) ? blocks : 1 << 30, MOE_COMBINE_THREADS, 0, true};
     return launch(kernel, &g, &a, device, stream, err);
@@ -199,14 +218,19 @@ static int encode_probe(const moe_driver *driver, CUtensorMap *map, void *data, 
 {
     const cuuint64_t dims[2] = {PROBE, PROBE}, strides[1] = {PROBE * 2};
     const cuuint32_t box[2] = {PROBE, PROBE}, steps[2] = {1, 1};
-    CUresult code = driver->cuTensorMapEncodeTiled(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data, dims, strides, box, steps,
-                                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                                   CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return code == CUDA_SUCCESS ? MOE_OK : moe_cuda_fail(driver, code, "cuTensorMapEncodeTiled", err);
+    CUresult code = driver->cuTensorMapEncodeTiled(
+        map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, data, dims, strides, box, steps,
+        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return code == CUDA_SUCCESS ? MOE_OK
+                                : moe_cuda_fail(driver, code, "cuTensorMapEncodeTiled", err);
 }
 
 /* Small integers in bf16, so that the product is exact in f32. */
-static int probe_value(int matrix, int row, int column) { return (row * 7 + column * (matrix ? 5 : 3) + matrix) % 9 - 4; }
+static int probe_value(int matrix, int row, int column)
+{
+    return (row * 7 + column * (matrix ? 5 : 3) + matrix) % 9 - 4;
+}
 
 static uint16_t bf16_of_small(int value)
 {
@@ -216,7 +240,8 @@ static uint16_t bf16_of_small(int value)
     return (uint16_t)(bits >> 16);
 }
 
-static int run_probe(const moe_driver *driver, moe_device *state, int device, CUdeviceptr buffer, double *max_error, moe_error *err)
+static int run_probe(const moe_driver *driver, moe_device *state, int device, CUdeviceptr buffer,
+                     double *max_error, moe_error *err)
 {
     enum { BYTES = PROBE * PROBE * 2 };
     uint16_t a[PROBE * PROBE], b[PROBE * PROBE];
@@ -229,7 +254,8 @@ static int run_probe(const moe_driver *driver, moe_device *state, int device, CU
     if (moe_cuda_copy(device, base, a, BYTES, MOE_COPY_TO_DEVICE, err)) return err->status;
     if (moe_cuda_copy(device, base + BYTES, b, BYTES, MOE_COPY_TO_DEVICE, err)) return err->status;
     CUtensorMap map_a, map_b;
-    if (encode_probe(driver, &map_a, base, err) || encode_probe(driver, &map_b, base + BYTES, err)) return err->status;
+    if (encode_probe(driver, &map_a, base, err) || encode_probe(driver, &map_b, base + BYTES, err))
+        return err->status;
     CUdeviceptr out = buffer + 2 * BYTES;
     void *params[] = {&map_a, &map_b, &out};
     CUlaunchConfig config;
@@ -237,14 +263,18 @@ static int run_probe(const moe_driver *driver, moe_device *state, int device, CU
     config.gridDimX = config.gridDimY = config.gridDimZ = 1;
     config.blockDimX = 128;
     config.blockDimY = config.blockDimZ = 1;
-    CUresult code = driver->cuLaunchKernelEx(&config, state->kernels[KERNEL_HOPPER_PROBE].function, params, NULL);
-    if (code != CUDA_SUCCESS) return moe_cuda_fail(driver, code, "launching kernel moe_hopper_probe failed", err);
-    if (moe_cuda_copy(device, c, base + 2 * BYTES, (int64_t)sizeof c, MOE_COPY_TO_HOST, err)) return err->status;
+    CUresult code = driver->cuLaunchKernelEx(&config, state->kernels[KERNEL_HOPPER_PROBE].function,
+                                             params, NULL);
+    if (code != CUDA_SUCCESS)
+        return moe_cuda_fail(driver, code, "launching kernel moe_hopper_probe failed", err);
+    if (moe_cuda_copy(device, c, base + 2 * BYTES, (int64_t)sizeof c, MOE_COPY_TO_HOST, err))
+        return err->status;
     *max_error = 0;
     for (int i = 0; i < PROBE; ++i)
         for (int j = 0; j < PROBE; ++j) {
             int want = 0;
-            for (int k = 0; k < PROBE; ++k) want += probe_value(0, i, k) * probe_value(1, j, k);
+            for (int k = 0; k < PROBE; ++k)
+                want += probe_value(0, i, k) * probe_value(1, j, k);
             double off = (double)c[i * PROBE + j] - want;
             if (off < 0) off = -off;
             if (!(off <= *max_error)) *max_error = off; /* a NaN stays */
@@ -260,9 +290,12 @@ int moe_cuda_probe_hopper(int device, double *max_error, moe_error *err)
     int pushed = 0;
     if (moe_driver_get(&driver, err) || moe_device_get(device, &state, err)) return err->status;
     if (!state->kernels[KERNEL_HOPPER_PROBE].function)
-        return moe_fail(err, MOE_ERROR_NOT_IMPLEMENTED, "device: the Hopper probe is sm_90a machine code, which %s (compute capability "
-                        "%d.%d) does not run%s", state->info.name, state->info.capability / 10, state->info.capability % 10,
-                        state->info.capability == 90 ? " while CUDA_FORCE_PTX_JIT is set" : "");
+        return moe_fail(
+            err, MOE_ERROR_NOT_IMPLEMENTED,
+            "device: the Hopper probe is sm_90a machine code, which %s (compute capability "
+            "%d.%d) does not run%s",
+            state->info.name, state->info.capability / 10, state->info.capability % 10,
+            state->info.capability == 90 ? " while CUDA_FORCE_PTX_JIT is set" : "");
     if (moe_cuda_alloc(device, PROBE * PROBE * 8, &buffer, err)) return err->status;
     if (!moe_context_enter(driver, state, &pushed, err)) {
         run_probe(driver, state, device, (CUdeviceptr)(uintptr_t)buffer, max_error, err);
