@@ -25,7 +25,7 @@ from support import (
     same_bits,
     workspace_bytes,
 )
-from test_gate_up import ACTIVATIONS
+from test_gate_up import ACTIVATIONS, ALL_ACTIVATIONS
 
 DTYPES = pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
 
@@ -120,13 +120,10 @@ def test_dtype_of_topk_weights(backend, seed, dtype, weights_dtype):
 
 
 @pytest.mark.small
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-@pytest.mark.parametrize("activation, alpha, limit, clamp", ACTIVATIONS)
+@pytest.mark.parametrize("activation, alpha, limit, clamp, gated", ALL_ACTIVATIONS)
 @DTYPES
 def test_activations(backend, seed, dtype, activation, alpha, limit, clamp, gated):
     skip_unless(backend, dtype)
-    if activation == "swiglu_oai" and not gated:
-        pytest.skip("swiglu_oai is gated by definition")
     options = {"activation_alpha": alpha, "activation_limit": limit, "clamp": clamp}
     layer = make_layer(
         seed, 12, 64, 40, 4, 2, dtype, activation=activation, gated=gated, w13_bias=F32, **options

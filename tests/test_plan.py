@@ -1,0 +1,275 @@
+"""The plan: pure, without a GPU, for GPUs that are not here too."""
+
+import re
+from pathlib import Path
+
+import fusedmoe
+import numpy as np
+import pytest
+from fusedmoe.models import MODELS
+from support import BF16, NumpyBackend, make_layer, run_layer
+
+TABLE = Path(__file__).parent.parent / "kernels" / "gemm_variants.def"
+COLUMNS = (
+    "name arch stage act weight scale orient layout rows cols k stages wm wn wk cluster align"
+).split()
+NUM_SMS = (78, 114, 132)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+MIB = 1 << 20
+LIMIT = 1536 * MIB
+DTYPES = {"bf16": "bfloat16", "f16": "float16"}
+
+
+def variants():
+    """The rows of gemm_variants.def as dicts."""
+    rows = re.findall(r"^MOE_GEMM_VARIANT\((.*?)\)", TABLE.read_text(), re.M)
+    found = []
+    for row in rows:
+        values = [int(v) if v.strip().isdigit() else v.strip() for v in row.split(",")]
+        found.append(dict(zip(COLUMNS, values, strict=True)))
+    assert found
+    return found
+
+
+def plan(*args, **kwargs):
+    return fusedmoe.plan(*args, **{"num_sms": 132, **kwargs})
+
+
+def offsets_of(p):
+    """(name, offset) of the parts of the workspace, in order."""
+    parts = [(k, v) for k, v in p["workspace"].items() if k != "total" and v >= 0]
+    return sorted(parts, key=lambda part: part[1])
+
+
+# -------------------------------------------------------------------------------------------------
+# The table of variants
+# -------------------------------------------------------------------------------------------------
+
+
+def test_names_say_what_the_rows_are():
+    rows = variants()
+    assert len({v["name"] for v in rows}) == len(rows)
+    for v in rows:
+        any_ = "_any" if v["align"] < 16 else ""
+        assert v["name"] == f"moe_{v['stage']}_{v['act']}_{v['rows']}x{v['cols']}{any_}"
+
+
+def test_info_lists_the_variants():
+    assert fusedmoe.info()["kernels"] == [v["name"] for v in variants()]
+
+
+@pytest.mark.parametrize("v", variants(), ids=lambda v: v["name"])
+def test_variant_is_one_that_a_gpu_can_run(v):
+    """Whole mma fragments, a ring that fits shared memory, no more than 1024 threads."""
+    assert v["stage"] in ("gate_up", "down") and v["act"] in DTYPES
+    assert v["rows"] % (16 * v["wm"]) == 0 and v["cols"] % (8 * v["wn"]) == 0
+    assert v["k"] % (16 * v["wk"]) == 0
+    assert 32 * v["wm"] * v["wn"] * v["wk"] <= 1024
+    ring = v["stages"] * (v["rows"] + v["cols"]) * v["k"] * 2
+    assert ring <= 227 * 1024
+
+
+def test_gate_up_and_down_have_the_same_heights():
+    """One list of tiles serves both stages of a call."""
+    for dtype in DTYPES:
+        for aligned in (True, False):
+            heights = [
+                {
+                    v["rows"]
+                    for v in variants()
+                    if v["stage"] == s and v["act"] == dtype and (v["align"] >= 16) == aligned
+                }
+                for s in ("gate_up", "down")
+            ]
+            assert heights[0] == heights[1] and heights[0]
+
+
+def chosen(**kwargs):
+    """Names of the variants that plans over a wide range of layers choose."""
+    names, table = set(), variants()
+    for num_sms in NUM_SMS:
+        for model in MODELS.values():
+            for tokens in TOKENS:
+                p = plan(tokens, *model, num_sms=num_sms, **kwargs)
+                names |= {table[p[stage]["variant"]]["name"] for stage in ("gate_up", "down")}
+    return names
+
+
+def test_every_variant_is_chosen_somewhere():
+    """A row that no layer in use is planned with is dead weight in every wheel."""
+    names = set()
+    for dtype in ("bfloat16", "float16"):
+        for vector_bytes in (16, 2):
+            names |= chosen(dtype=dtype, vector_bytes=vector_bytes)
+    assert {v["name"] for v in variants()} - names == set()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("vector_bytes", [16, 2])
+@pytest.mark.parametrize("num_sms", NUM_SMS)
+def test_chosen_variants_can_do_the_job(dtype, vector_bytes, num_sms):
+    table = variants()
+    for model in MODELS.values():
+        for tokens in TOKENS:
+            p = plan(tokens, *model, dtype=dtype, vector_bytes=vector_bytes, num_sms=num_sms)
+            assert p["num_sms"] == num_sms
+            for stage in ("gate_up", "down"):
+                g = p[stage]
+                v = table[g["variant"]]
+                assert v["stage"] == stage and DTYPES[v["act"]] == dtype
+                assert v["align"] <= vector_bytes
+                assert (g["tile_rows"], g["tile_cols"]) == (v["rows"], v["cols"])
+                assert g["tile_rows"] == p["tile_rows"]
+                weight_rows = (
+                    2 * model.intermediate_size if stage == "gate_up" else (model.hidden_size)
+                )
+                assert g["grid_cols"] == -(-weight_rows // v["cols"])
+                assert g["threads"] == 32 * v["wm"] * v["wn"] * v["wk"]
+                assert 0 < g["smem_bytes"] <= 227 * 1024
+            slots = p["chunk_tokens"] * model.topk
+            # Enough tiles for the worst routing: every expert ends with a tile that is not full.
+            full, rest = divmod(slots, p["tile_rows"])
+            worst = min(slots, slots // p["tile_rows"] + min(model.num_experts, slots))
+            assert p["max_tiles"] >= worst >= full + (rest > 0)
+
+
+# -------------------------------------------------------------------------------------------------
+# Workspace
+# -------------------------------------------------------------------------------------------------
+
+PARTS = [
+    dict(),
+    dict(no_combine="weighted"),
+    dict(gated=False),
+    dict(routed=True, router_experts=300),
+    dict(device="cpu"),
+    dict(device="cpu", dtype="float32"),
+]
+
+
+@pytest.mark.parametrize("options", PARTS, ids=lambda o: "-".join(map(str, o.values())) or "plain")
+@pytest.mark.parametrize("sizes", [(2048, 768, 128, 8), (511, 129, 3, 2), (1, 1, 1, 1)], ids=str)
+def test_workspace_is_monotone_in_num_tokens(options, sizes):
+    tokens = [*range(0, 70), *range(70, 5000, 61), 2**14, 2**15, 2**16, 131072, 131073, 2**20]
+    got = [fusedmoe.workspace_size(t, *sizes, num_sms=132, **options) for t in tokens]
+    assert got == sorted(got)
+    assert got[-1] <= LIMIT + 256
+    assert all(n % 256 == 0 for n in got)
+
+
+@pytest.mark.parametrize("options", PARTS, ids=lambda o: "-".join(map(str, o.values())) or "plain")
+def test_parts_of_the_workspace_do_not_overlap(options):
+    for tokens in (1, 7, 300, 5000, 131072):
+        p = plan(tokens, 2880, 720, 128, 4, **options)
+        total, parts = p["workspace"]["total"], offsets_of(p)
+        assert all(offset % 256 == 0 for _, offset in parts)
+        element = 4 if options.get("dtype") == "float32" else 2
+        slots = p["chunk_tokens"] * 4
+        needs = {
+            "expert_offsets": 129 * 4,
+            "sorted_token_ids": slots * 4,
+            "row_of_slot": slots * 4,
+            "topk_ids": slots * 4,
+            "topk_weights": slots * 4,
+            "tiles": p["max_tiles"] * 16,
+            "num_tiles": 4,
+            "counts": p["align_blocks"] * 128 * 4,
+            "intermediate": slots * p["intermediate_stride"] * element,
+            "rows": slots * p["rows_stride"] * element,
+        }
+        assert p["intermediate_stride"] >= 720 and p["rows_stride"] >= 2880
+        ends = [offset for _, offset in parts[1:]] + [total]
+        for (name, offset), end in zip(parts, ends, strict=True):
+            assert offset + needs[name] <= end, f"{name} at {tokens} tokens"
+        used = {name for name, _ in parts}
+        assert ("topk_ids" in used) == ("topk_weights" in used) == options.get("routed", False)
+        assert ("tiles" in used) == (options.get("device") != "cpu")
+
+
+def test_deepseek_v3_with_131072_tokens():
+    sizes = 7168, 2048, 256, 8
+    for device in ("cuda", "cpu"):
+        p = plan(131072, *sizes, device=device)
+        assert p["workspace"]["total"] <= LIMIT
+        assert p["num_chunks"] == -(-131072 // p["chunk_tokens"]) > 1
+        assert p["workspace"]["total"] >= 0.9 * LIMIT, "the limit is there to be used"
+
+
+@pytest.mark.parametrize("limit_mib", [16, 64, 512, 1536, 8192])
+def test_workspace_limit(limit_mib):
+    p = plan(100_000, 2048, 768, 128, 8, workspace_limit=limit_mib * MIB)
+    assert p["workspace"]["total"] <= limit_mib * MIB
+    assert p["problem"]["workspace_limit"] == limit_mib * MIB
+    assert p["num_chunks"] * p["chunk_tokens"] >= 100_000
+    assert (p["num_chunks"] - 1) * p["chunk_tokens"] < 100_000
+
+
+def test_a_limit_below_one_token():
+    with pytest.raises(ValueError, match="workspace_limit"):
+        plan(4, 2048, 768, 128, 8, workspace_limit=4096)
+
+
+def test_no_tokens():
+    for device in ("cuda", "cpu"):
+        p = plan(0, 64, 32, 4, 2, device=device)
+        assert p["num_chunks"] == 0 and p["num_launches"] == 0 and p["bytes"] == 0
+
+
+# -------------------------------------------------------------------------------------------------
+# Purity and expectations
+# -------------------------------------------------------------------------------------------------
+
+
+def test_pure():
+    args = (300, 2048, 768, 128, 8)
+    first = plan(*args)
+    plan(1, 64, 64, 4, 2)
+    assert plan(*args) == first
+
+
+def test_a_call_follows_its_plan():
+    """What plan says is enough; one byte less is refused (test_errors)."""
+    run_layer(NumpyBackend(), make_layer(1, 37, 72, 40, 6, 3, BF16))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_expected_work(name):
+    """FLOPs exactly; bytes between the touched weights alone and everything that moves."""
+    model = MODELS[name]
+    for tokens in (1, 64, 4096):
+        p = plan(tokens, *model)
+        rows = tokens * model.topk
+        flops = rows * 6 * model.hidden_size * model.intermediate_size
+        assert p["flops"] == pytest.approx(flops, rel=1e-6)
+        touched = model.num_experts * (1 - (1 - model.topk / model.num_experts) ** tokens)
+        weights = touched * model.expert_elements * 2
+        moved = 2 * rows * (3 * model.hidden_size + 3 * model.intermediate_size)
+        assert weights <= p["bytes"] * 1.001
+        assert p["bytes"] <= weights + moved + 2 * tokens * 2 * model.hidden_size
+
+
+def test_expected_time_is_above_the_floor_and_finite():
+    for name, model in MODELS.items():
+        for tokens in TOKENS:
+            p = plan(tokens, *model)
+            floor = p["flops"] / 0.99e9  # the matrix rate of an H200 in FLOP per microsecond
+            assert floor < p["us"] < 1e7, (name, tokens)
+            assert np.isfinite(p["us"])
+
+
+def test_more_tokens_do_not_get_cheaper_by_much():
+    """The model may step at a change of variant, but a batch twice as large is no bargain."""
+    for model in MODELS.values():
+        us = [plan(tokens, *model)["us"] for tokens in TOKENS]
+        for a, b in zip(us, us[1:], strict=False):
+            assert b > 0.9 * a
+
+
+def test_launches():
+    """One launch a stage; the alignment of many slots takes three."""
+    for tokens in (1, 16, 1024):
+        p = plan(tokens, 2048, 768, 128, 8)
+        align = 3 if p["align_blocks"] > 1 else 1
+        assert p["num_launches"] == 3 + align
+        routed = plan(tokens, 2048, 768, 128, 8, routed=True)
+        assert routed["num_launches"] == p["num_launches"] + 1
