@@ -114,11 +114,10 @@ typedef struct moe_problem {
     int32_t dtype; /* MOE_BF16, MOE_F16, MOE_F32 */
     int32_t ids_dtype;
     int32_t gated;
-    int32_t combine;        /* MOE_COMBINE_SUM, MOE_NO_COMBINE_* */
-    int32_t routed;         /* 1: the call starts at router_logits */
-    int32_t router_experts; /* columns of router_logits, else 0 */
-    int32_t
-        vector_bytes; /* alignment every row of hidden_states, w13, w2 has: 16, or the element's size */
+    int32_t combine;          /* MOE_COMBINE_SUM, MOE_NO_COMBINE_* */
+    int32_t routed;           /* 1: the call starts at router_logits */
+    int32_t router_experts;   /* columns of router_logits, else 0 */
+    int32_t vector_bytes;     /* every row of hidden_states, w13, w2 has: 16, or the element's */
     int32_t out_vector_bytes; /* the same for out and shared_output */
     int32_t deterministic;
     int32_t batch_invariant;
