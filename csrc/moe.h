@@ -33,8 +33,7 @@ typedef struct moe_tensor {
     int32_t lanes_packed;         /* elements per storage unit: 1, or 2 for two fp4 in a byte */
     moe_backend backend;
     int32_t device;
-    int64_t
-        span_bytes; /* from data to the end of the last element; 0 where there are no elements */
+    int64_t span_bytes; /* from data to the end of the last element; 0 where empty */
     bool readonly;
 } moe_tensor;
 
