@@ -56,6 +56,17 @@ class NumpyBackend:
         """A view of a one-dimensional tensor, strides in elements."""
         return np.lib.stride_tricks.as_strided(base, shape, [s * base.itemsize for s in strides])
 
+    def view(self, tensor, dtype):
+        """The same bytes as another dtype."""
+        return tensor.view(dtype)
+
+    def address(self, tensor):
+        return tensor.ctypes.data
+
+    def owner(self, tensor):
+        """The tensor that this one is a view of."""
+        return tensor.base
+
     def broadcast(self, tensor, shape):
         return np.lib.stride_tricks.as_strided(
             tensor, shape, [0] * (len(shape) - tensor.ndim) + list(tensor.strides)
@@ -66,15 +77,14 @@ class NumpyBackend:
 
 
 class TorchBackend:
-    """The CUDA backend, through torch tensors."""
-
-    name = "cuda"
-    dtypes = (BF16, F16)
+    """The CUDA backend, or the CPU's, through torch tensors."""
 
     def __init__(self, device="cuda:0"):
         import torch
 
         self.torch, self.device = torch, device
+        self.name = device.partition(":")[0]
+        self.dtypes = (BF16, F16) if self.name == "cuda" else (BF16, F16, F32)
 
     def torch_dtype(self, dtype):
         return getattr(self.torch, np.dtype(dtype).name)
@@ -98,6 +108,15 @@ class TorchBackend:
 
     def as_strided(self, base, shape, strides):
         return self.torch.as_strided(base, shape, strides)
+
+    def view(self, tensor, dtype):
+        return tensor.view(self.torch_dtype(dtype))
+
+    def address(self, tensor):
+        return tensor.data_ptr()
+
+    def owner(self, tensor):
+        return tensor._base
 
     def broadcast(self, tensor, shape):
         return tensor.expand(shape)
@@ -259,22 +278,14 @@ class Guarded:
         dtype = np.dtype(dtype)
         self.backend, self.before = backend, GUARD + offset * dtype.itemsize
         self.nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        host = np.full(self.before + self.nbytes + GUARD, GUARD_BYTE, np.uint8)
-        host[self.before : self.before + self.nbytes] = fill
-        skew = 0
-        if backend.name == "cpu":
-            # numpy aligns to 16 or 64 bytes; start the guard zone on a multiple of 256.
-            self.storage = np.empty(host.size + 256, np.uint8)
-            skew = -self.storage.ctypes.data % 256
-            self.storage[skew : skew + host.size] = host
-        else:
-            self.storage = backend.put(host)
-        self.begin = skew + self.before
+        self.storage = backend.put(
+            np.full(self.before + self.nbytes + GUARD + 256, GUARD_BYTE, np.uint8)
+        )
+        # Start the first guard zone on a multiple of 256, wherever the allocator put it.
+        self.begin = -backend.address(self.storage) % 256 + self.before
         body = self.storage[self.begin : self.begin + self.nbytes]
-        if backend.name == "cpu":
-            self.tensor = body.view(dtype).reshape(shape)
-        else:
-            self.tensor = body.view(backend.torch_dtype(dtype)).reshape(shape)
+        body[:] = fill
+        self.tensor = backend.view(body, dtype).reshape(shape)
 
     def check(self, what):
         host = self.backend.get(self.storage)
