@@ -2,17 +2,18 @@
  *
  * Weights and token rows both have K contiguous, so an output is a dot product: a tile of 4 weight rows
  * by up to 6 token rows keeps its accumulators in registers and adds up their lanes at the end
- * (simd_*.c). Around it:
+ * (simd_vector.h). Around it:
  *
- *   item      one expert, up to MAX_ROWS of its rows, a block of columns: what a thread takes at a time
- *   pack      the item's token rows, gathered into one buffer that stays in L2, in the order of the tile;
- *             kept for as long as the thread's next items have the same rows
- *   tile      4 weight rows; for each K block of BLOCK_K: all token rows. The weights of that block
- *             stay in L1, the token rows come from L2
- *   prefetch  each tile asks for the weights that the thread needs LOOKAHEAD_BYTES later, also across
- *             the end of an item (the next item is taken one ahead)
+ *   item    one expert, up to MAX_ROWS of its rows, a block of columns
+ *   share   consecutive items, what a thread takes at a time: long runs of memory first, single items
+ *           at the end of a stage, so that the threads finish together
+ *   pack    the item's token rows, gathered into one buffer that stays in L2, in the order of the tile;
+ *           kept for as long as the thread's next items have the same rows
+ *   tile    4 weight rows; for each block of BLOCK_K elements all token rows, group by group. The weights
+ *           of that block stay in L1, the token rows come from L2
  *
- * At decode this is a stream of weights, at prefill the loads hide behind the products. */
+ * While a tile is computed, the weights that follow are fetched, also across the end of an item. At decode
+ * this makes it a stream of weights; at prefill the loads hide behind the products. */
 #include "gemm.h"
 
 #include "threads.h"
@@ -24,10 +25,12 @@ enum {
     BLOCK_K = 2048,            /* elements; fixed, as it sets the order of additions */
     MAX_ROWS = 128,            /* token rows of an item */
     PACKED_BYTES = 512 * 1024, /* aim for one item's packed token rows: half of a common L2 */
-    ITEM_BYTES = 256 * 1024,   /* aim for one item's weights */
+    ITEM_BYTES = 1024 * 1024,  /* aim for one item's weights */
     MIN_COLS = MOE_VECTOR_FLOATS,
     ITEMS_PER_THREAD = 8, /* at least, where MIN_COLS allows: evens out the end of a stage */
-    LOOKAHEAD_BYTES = 16 * 1024,
+    SHARES = 4,           /* a share is this part of what is left for each thread */
+    LOOKAHEAD_BYTES =
+        16 * 1024,          /* between fetching a weight and using it, for more than one group */
     SMALL_WORK = 256 * 1024 /* weight bytes + products / 8 that do not pay for waking a thread */
 };
 
@@ -44,8 +47,9 @@ typedef struct gemm_run {
     int64_t num_work, num_items;
     int32_t block_cols, blocks; /* columns of an item, items per chunk */
     int32_t chunk_rows;         /* largest */
-    int32_t lookahead;          /* tiles */
-    int64_t row_bytes;          /* of one packed token row */
+    int32_t lookahead;          /* tiles, for more than one group */
+    int32_t threads;
+    int64_t row_bytes; /* of one packed token row */
     int64_t c_stride;
     char *scratch;
     const char *zeros; /* a token row */
@@ -59,6 +63,10 @@ typedef struct gemm_item {
     int32_t expert, num_rows, col, num_cols;
 } gemm_item;
 
+typedef struct gemm_share {
+    int64_t next, end; /* items */
+} gemm_share;
+
 static int64_t round_up(int64_t value, int64_t multiple)
 {
     return (value + multiple - 1) / multiple * multiple;
@@ -69,11 +77,22 @@ static int64_t smaller(int64_t a, int64_t b)
     return a < b ? a : b;
 }
 
-static bool take_item(gemm_run *run, gemm_item *item)
+/* The next item of the thread's share, or of a new share. */
+static bool take_item(gemm_run *run, gemm_share *share, gemm_item *item)
 {
     const moe_gemm *gemm = run->gemm;
-    int64_t index = atomic_fetch_add_explicit(&run->next, 1, memory_order_relaxed);
-    if (index >= run->num_items) return false;
+    if (share->next == share->end) {
+        long long first = atomic_load_explicit(&run->next, memory_order_relaxed), count;
+        do {
+            if (first >= run->num_items) return false;
+            count = (run->num_items - first) / (SHARES * run->threads);
+            if (count < 1) count = 1;
+        } while (!atomic_compare_exchange_weak_explicit(
+            &run->next, &first, first + count, memory_order_relaxed, memory_order_relaxed));
+        share->next = first;
+        share->end = first + count;
+    }
+    int64_t index = share->next++;
     int64_t low = 0, high = run->num_work - 1;
     while (low < high) {
         int64_t middle = (low + high + 1) / 2;
@@ -140,6 +159,22 @@ static const char *tile_address(const gemm_run *run, const gemm_item *item, int 
            weight_offset(run->gemm, part, item->col + (int64_t)(index % tiles) * MOE_DOT_ROWS);
 }
 
+/* Says what dot fetches while group group of groups is computed: its part of the four rows at ahead. */
+static void set_prefetch(moe_dot *dot, const char *ahead, int64_t row_stride, int64_t block_bytes,
+                         int group, int groups)
+{
+    const int first = group_begin(MOE_DOT_ROWS, groups, group);
+    dot->num_prefetch = ahead ? group_begin(MOE_DOT_ROWS, groups, group + 1) - first : 0;
+    dot->prefetch = (uintptr_t)ahead + (uintptr_t)(first * row_stride);
+    if (row_stride == block_bytes) { /* adjacent rows: in the order of memory */
+        dot->prefetch_step = dot->num_prefetch;
+        dot->prefetch_stride = 64;
+    } else {
+        dot->prefetch_step = 1;
+        dot->prefetch_stride = row_stride;
+    }
+}
+
 static void multiply_item(const gemm_run *run, const gemm_item *item, const gemm_item *next,
                           const char *packed, float *c)
 {
@@ -147,26 +182,27 @@ static void multiply_item(const gemm_run *run, const gemm_item *item, const gemm
     const moe_simd *simd = gemm->simd;
     const int64_t bytes = element_bytes(gemm->dtype);
     const int64_t packed_bytes = simd->packed_element_bytes[gemm->dtype];
+    const int64_t row_stride = gemm->w_row_stride * gemm->part_step * bytes;
     const int groups = (item->num_rows + simd->max_tokens - 1) / simd->max_tokens;
     const int tiles = (item->num_cols + MOE_DOT_ROWS - 1) / MOE_DOT_ROWS;
     const int all_tiles = tiles * gemm->num_parts;
-    moe_dot dot = {.c_stride = run->c_stride,
-                   .prefetch_stride = gemm->w_row_stride * gemm->part_step * bytes};
+    const int lookahead = groups > 1 ? run->lookahead : 1;
+    moe_dot dot = {.c_stride = run->c_stride};
 
     for (int t = 0; t < all_tiles; ++t) {
         const int part = t / tiles;
         const int32_t col = t % tiles * MOE_DOT_ROWS; /* within the item */
-        const char *rows[MOE_DOT_ROWS], *ahead = NULL;
-        for (int i = 0; i < MOE_DOT_ROWS;
-             ++i) { /* the last row stands in for those that are lacking */
+        const char *rows[MOE_DOT_ROWS], *following = NULL;
+        for (int i = 0; i < MOE_DOT_ROWS; ++i) { /* the last row stands in for those lacking */
             int64_t existing = smaller(col + i, item->num_cols - 1);
             rows[i] = item->w + weight_offset(gemm, part, item->col + existing);
         }
-        if (t + run->lookahead < all_tiles)
-            ahead = tile_address(run, item, t + run->lookahead);
+        if (t + lookahead < all_tiles)
+            following = tile_address(run, item, t + lookahead);
         else if (next)
-            ahead = tile_address(run, next, t + run->lookahead - all_tiles);
+            following = tile_address(run, next, t + lookahead - all_tiles);
         for (int64_t k = 0; k < gemm->k; k += BLOCK_K) {
+            const char *ahead = k + BLOCK_K < gemm->k ? rows[0] + (k + BLOCK_K) * bytes : following;
             dot.k = smaller(BLOCK_K, gemm->k - k);
             dot.accumulate = k > 0;
             for (int i = 0; i < MOE_DOT_ROWS; ++i)
@@ -174,15 +210,10 @@ static void multiply_item(const gemm_run *run, const gemm_item *item, const gemm
             for (int g = 0; g < groups; ++g) {
                 const int begin = group_begin(item->num_rows, groups, g);
                 const int num_tokens = group_begin(item->num_rows, groups, g + 1) - begin;
+                dot.fresh = g == 0;
                 dot.x = packed + begin * run->row_bytes + k * num_tokens * packed_bytes;
                 dot.c = c + (part * (int64_t)run->chunk_rows + begin) * run->c_stride + col;
-                if (ahead) { /* the tile's share of the rows ahead */
-                    const int first = group_begin(MOE_DOT_ROWS, groups, g);
-                    dot.num_prefetch = group_begin(MOE_DOT_ROWS, groups, g + 1) - first;
-                    dot.prefetch = ahead + first * dot.prefetch_stride + k * bytes;
-                } else {
-                    dot.num_prefetch = 0;
-                }
+                set_prefetch(&dot, ahead, row_stride, dot.k * bytes, g, groups);
                 simd->dot[gemm->dtype](&dot, num_tokens);
             }
         }
@@ -198,10 +229,11 @@ static void gemm_region(void *context, int thread)
     gemm_item item, next;
     int64_t packed_row = -1;
 
-    bool more = take_item(run, &next);
+    gemm_share share = {0, 0};
+    bool more = take_item(run, &share, &next);
     while (more) {
         item = next;
-        more = take_item(run, &next);
+        more = take_item(run, &share, &next);
         if (item.row != packed_row) pack_rows(run, &item, packed);
         packed_row = item.row;
         multiply_item(run, &item, more ? &next : NULL, packed, c);
@@ -282,8 +314,10 @@ int moe_grouped_gemm(const moe_gemm *gemm, moe_error *err)
         SMALL_WORK)
         threads = 1;
     threads = (int)smaller(threads, run.num_items);
+    run.threads = threads;
 
-    /* Lookahead may not pass the end of the next item, whose last block can be short. */
+    /* Not past the end of the next item, which can be the short one at the end of an expert. A row of
+     * several blocks of K looks one block ahead. */
     const int64_t tile_bytes = MOE_DOT_ROWS * gemm->k * bytes;
     const int64_t last_cols = gemm->num_cols - (run.blocks - 1) * (int64_t)run.block_cols;
     run.lookahead = (int32_t)smaller((LOOKAHEAD_BYTES + tile_bytes - 1) / tile_bytes,

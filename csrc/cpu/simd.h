@@ -37,9 +37,12 @@ typedef struct moe_dot {
     int64_t c_stride;            /* from token to token */
     int64_t k;                   /* elements, 1 .. */
     int32_t accumulate;          /* 0: c is set, 1: added to */
-    int32_t num_prefetch;        /* rows to prefetch while computing, 0 .. MOE_DOT_ROWS */
-    const char *prefetch;        /* the first of them */
-    int64_t prefetch_stride;     /* bytes from row to row */
+    int32_t fresh;               /* 1: nothing has read these weights yet, they come from memory */
+    /* The weights to fetch into L2 meanwhile: while byte b of a weight row is used, the lines at
+     * prefetch + b * prefetch_step + i * prefetch_stride, 0 <= i < num_prefetch. */
+    uintptr_t prefetch; /* a number, as it may lie outside the weights */
+    int64_t prefetch_step, prefetch_stride;
+    int32_t num_prefetch; /* 0 .. MOE_DOT_ROWS */
 } moe_dot;
 
 typedef struct moe_simd {

@@ -4,11 +4,13 @@
 #if MOE_SIMD_X86
 #include <immintrin.h>
 
-#define TARGET                __attribute__((target("avx2,fma,f16c")))
-#define LANES                 8
-#define MAX_TOKENS            3
-#define MULTIPLY_ADD(a, b, c) ((vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
-#define LOAD_F16(p)           ((vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p))))
+#define TARGET                  __attribute__((target("avx2,fma,f16c")))
+#define LANES                   8
+#define MAX_TOKENS              3
+#define MULTIPLY_ADD(sum, a, b) ((vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(sum)))
+#define NATIVE_BF16             0
+#define DOT_BF16(sum, a, b)     (sum)
+#define LOAD_F16(p)             ((vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p))))
 #define STORE_F16(p, v)                                                                            \
     _mm_storeu_si128((__m128i *)(void *)(p),                                                       \
                      _mm256_cvtps_ph((__m256)(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
@@ -29,11 +31,7 @@ INLINE void reduce_tile(vf (*sum)[MOE_DOT_ROWS], int num_tokens, const moe_dot *
     }
 }
 
-const moe_simd moe_simd_avx2 = {.name = "avx2",
-                                .level = MOE_SIMD_AVX2,
-                                .step = {0, LANES, LANES, LANES},
-                                .packed_element_bytes = {0, 4, 4, 4},
-                                MOE_SIMD_FUNCTIONS};
+const moe_simd moe_simd_avx2 = {.name = "avx2", .level = MOE_SIMD_AVX2, MOE_SIMD_FUNCTIONS};
 #else
 typedef int moe_no_avx2; /* a translation unit may not be empty */
 #endif

@@ -3,10 +3,10 @@
 
 #include <immintrin.h>
 
-#define LANES                 16
-#define MAX_TOKENS            6
-#define MULTIPLY_ADD(a, b, c) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
-#define LOAD_F16(p)           ((vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(p))))
+#define LANES                   16
+#define MAX_TOKENS              6
+#define MULTIPLY_ADD(sum, a, b) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(sum)))
+#define LOAD_F16(p)             ((vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(p))))
 #define STORE_F16(p, v)                                                                            \
     _mm256_storeu_si256(                                                                           \
         (__m256i *)(void *)(p),                                                                    \

@@ -1,10 +1,12 @@
 /* simd_scalar.c: the table that always works: plain C, four lanes, whatever the compiler makes of it. */
 #define TARGET
-#define LANES                 4
-#define MAX_TOKENS            3
-#define MULTIPLY_ADD(a, b, c) ((a) * (b) + (c))
-#define LOAD_F16(p)           load_halves(p)
-#define STORE_F16(p, v)       store_halves(p, v)
+#define LANES                   4
+#define MAX_TOKENS              3
+#define MULTIPLY_ADD(sum, a, b) ((sum) + (a) * (b))
+#define NATIVE_BF16             0
+#define DOT_BF16(sum, a, b)     (sum)
+#define LOAD_F16(p)             load_halves(p)
+#define STORE_F16(p, v)         store_halves(p, v)
 
 #include "simd.h"
 
@@ -35,8 +37,4 @@ INLINE void reduce_tile(vf (*sum)[MOE_DOT_ROWS], int num_tokens, const moe_dot *
         }
 }
 
-const moe_simd moe_simd_scalar = {.name = "scalar",
-                                  .level = MOE_SIMD_SCALAR,
-                                  .step = {0, LANES, LANES, LANES},
-                                  .packed_element_bytes = {0, 4, 4, 4},
-                                  MOE_SIMD_FUNCTIONS};
+const moe_simd moe_simd_scalar = {.name = "scalar", .level = MOE_SIMD_SCALAR, MOE_SIMD_FUNCTIONS};
