@@ -83,12 +83,16 @@ def test_activations(backend, seed, dtype, activation, alpha, limit, clamp, gate
 
 
 @pytest.mark.parametrize("activation, alpha, limit, clamp", ACTIVATIONS)
-def test_tails_of_the_activations(backend, activation, alpha, limit, clamp):
-    """Gates from -80 to 80 and up 1: exp overflows in neither direction."""
-    gates = np.linspace(-80, 80, 161).astype(BF16)
+@pytest.mark.parametrize("dtype", [BF16, F32], ids=str)
+def test_tails_of_the_activations(backend, dtype, activation, alpha, limit, clamp):
+    """Gates from -80 to 80 and up 1: exp overflows in neither direction. In float32 what is seen is
+    the precision of exp, erf and tanh."""
+    if dtype not in backend.dtypes:
+        pytest.skip("float32 is computed on the CPU only")
+    gates = np.concatenate([np.linspace(-80, 80, 161), np.linspace(-6, 6, 2401)]).astype(dtype)
     x = np.stack([gates, np.ones_like(gates)], axis=1)  # gate = x[0], up = x[1]
-    w13 = np.eye(2, dtype=np.float32)[None].astype(BF16)
-    layer = make_layer(0, len(gates), 2, 1, 1, 1, BF16)
+    w13 = np.eye(2, dtype=np.float32)[None].astype(dtype)
+    layer = make_layer(0, len(gates), 2, 1, 1, 1, dtype)
     layer.hidden_states, layer.w13 = x, w13
     layer.options = {
         "activation": activation,

@@ -336,7 +336,7 @@ def fused_moe(
 # One accumulation in f32. Twice the unit roundoff: tensor cores cut instead of rounding.
 _ACCUMULATE = 2.0**-23
 # An activation in f32, relative to |g * u|: exp, tanh or erf of a few ulp and three operations.
-_ACTIVATE = 2.0**-20
+_ACTIVATE = 2.0**-21
 # Relative rms error of rounding to nearest, in unit roundoffs: uniform errors, significands spread
 # as those of products are (log-uniform). The worst significand, 1, gives 0.577: compare() has that
 # room.
