@@ -27,7 +27,7 @@ static_assert(kTurnsOne * kThreads >= MOE_ALIGN_ONE_SLOTS, "moe_align_one has on
 struct shared {
     // Slots of expert e seen by warp w; after the scan: those of the warps before w.
     unsigned short count[kWarps][kMaxExperts];
-    int32_t start[kMaxExperts]; // next row of expert e
+    int32_t start[kMaxExperts];      // next row of expert e
     int32_t tile_start[kMaxExperts]; // first tile of expert e
     int32_t rows[kMaxExperts];
     int64_t warp_total[kWarps];
@@ -117,7 +117,8 @@ static __device__ __forceinline__ void offsets_and_tiles(const moe_align_args &a
 {
     int64_t sum = 0, total;
 #pragma unroll
-    for (int i = 0; i < kThreadExperts; ++i) sum += rows[i];
+    for (int i = 0; i < kThreadExperts; ++i)
+        sum += rows[i];
     int64_t at = block_scan(smem, sum, total);
 #pragma unroll
     for (int i = 0; i < kThreadExperts; ++i) {
@@ -182,7 +183,8 @@ static __device__ __forceinline__ void count_piece(const moe_align_args &args, s
 {
     int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     int32_t bits = 32 - __clz(args.num_experts); // num_experts itself stands for dropped
-    for (int32_t e = lane; e < args.num_experts; e += 32) smem.count[warp][e] = 0;
+    for (int32_t e = lane; e < args.num_experts; e += 32)
+        smem.count[warp][e] = 0;
     __syncwarp();
 #pragma unroll
     for (int t = 0; t < Held::kTurns; ++t) {
@@ -275,7 +277,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     grid_launch_dependents();
     int64_t begin, end;
     block_slots(args, begin, end);
-    for (int32_t e = threadIdx.x; e < args.num_experts; e += kThreads) count[e] = 0;
+    for (int32_t e = threadIdx.x; e < args.num_experts; e += kThreads)
+        count[e] = 0;
     __syncthreads();
     for (; begin < end; begin += kAhead * kThreads) {
         int32_t expert[kAhead];
@@ -286,11 +289,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         }
 #pragma unroll
         for (int i = 0; i < kAhead; ++i)
-            if (expert[i] >= 0) atomicAdd(&count[expert[i]], 1); // a count: any order gives the same
+            if (expert[i] >= 0)
+                atomicAdd(&count[expert[i]], 1); // a count: any order gives the same
     }
     __syncthreads();
     int32_t *out = args.counts + static_cast<int64_t>(blockIdx.x) * args.num_experts;
-    for (int32_t e = threadIdx.x; e < args.num_experts; e += kThreads) out[e] = count[e];
+    for (int32_t e = threadIdx.x; e < args.num_experts; e += kThreads)
+        out[e] = count[e];
 }
 
 // One warp walks one slice of the blocks for 32 neighbouring experts: body(&counts[b][e], held value).
@@ -337,7 +342,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         int32_t expert = threadIdx.x * kThreadExperts + i;
         rows[i] = 0;
         if (expert < args.num_experts)
-            for (int32_t s = 0; s < slices; ++s) rows[i] += part[s * args.num_experts + expert];
+            for (int32_t s = 0; s < slices; ++s)
+                rows[i] += part[s * args.num_experts + expert];
     }
     offsets_and_tiles(args, smem, rows, first);
 #pragma unroll
@@ -371,7 +377,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     grid_dependency_wait();
     grid_launch_dependents();
     const int32_t *starts = args.counts + static_cast<int64_t>(blockIdx.x) * args.num_experts;
-    for (int32_t e = threadIdx.x; e < args.num_experts; e += kThreads) smem.start[e] = starts[e];
+    for (int32_t e = threadIdx.x; e < args.num_experts; e += kThreads)
+        smem.start[e] = starts[e];
     constexpr int64_t kPieceSlots = kTurnsPlace * kThreads;
     for (; begin < end; begin += kPieceSlots) {
         int32_t num_slots = static_cast<int32_t>(min(end - begin, kPieceSlots));
@@ -389,7 +396,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         place_piece(args, smem, begin, num_slots, held);
         __syncthreads();
 #pragma unroll
-        for (int i = 0; i < kThreadExperts; ++i) smem.start[threadIdx.x * kThreadExperts + i] += rows[i];
+        for (int i = 0; i < kThreadExperts; ++i)
+            smem.start[threadIdx.x * kThreadExperts + i] += rows[i];
     }
 }
 

@@ -23,7 +23,8 @@ static __device__ __forceinline__ uint4 load_columns(const void *base, int64_t a
         const unsigned short *bits = static_cast<const unsigned short *>(base) + at;
         uint32_t e[8];
 #pragma unroll
-        for (int i = 0; i < 8; ++i) e[i] = i < count ? bits[i] : 0u;
+        for (int i = 0; i < 8; ++i)
+            e[i] = i < count ? bits[i] : 0u;
         return make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16,
                           e[6] | e[7] << 16);
     }
@@ -73,14 +74,15 @@ static __device__ __forceinline__ void combine(const moe_combine_args &args)
 #pragma unroll
             for (int s = 0; s < kInFlight; ++s)
                 if (row[s] >= 0)
-                    held[s] = load_columns<T, kVector>(args.rows, row[s] * args.rows_stride + col,
-                                                       count);
+                    held[s] =
+                        load_columns<T, kVector>(args.rows, row[s] * args.rows_stride + col, count);
 #pragma unroll
             for (int s = 0; s < kInFlight; ++s)
                 if (row[s] >= 0) add<T>(sum, held[s]);
         }
 #pragma unroll
-        for (int i = 0; i < 8; ++i) sum[i] *= args.scale;
+        for (int i = 0; i < 8; ++i)
+            sum[i] *= args.scale;
         if (args.shared_output) add<T>(sum, shared_output);
         element *to = static_cast<element *>(args.out) + token * args.out_stride + col;
         if constexpr (kVector) {
@@ -96,7 +98,7 @@ static __device__ __forceinline__ void combine(const moe_combine_args &args)
 }
 
 #define MOE_COMBINE(name, type, vector)                                                            \
-    extern "C" __global__ void __launch_bounds__(MOE_COMBINE_THREADS, 1)                              \
+    extern "C" __global__ void __launch_bounds__(MOE_COMBINE_THREADS, 1)                           \
         name(const __grid_constant__ moe_combine_args args)                                        \
     {                                                                                              \
         combine<type, vector>(args);                                                               \

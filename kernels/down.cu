@@ -42,7 +42,8 @@ static __device__ __forceinline__ void write_rows(const typename Gemm::shared &s
         if (args.topk_weights) {
             float weight = smem.row_weight[row];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) z[i] *= weight;
+            for (int i = 0; i < 8; ++i)
+                z[i] *= weight;
         }
         element *to = static_cast<element *>(args.rows) +
                       (static_cast<int64_t>(work.row_begin) + row) * args.rows_stride + col;
@@ -84,8 +85,8 @@ static __device__ __forceinline__ void down(const moe_down_args &args)
     copy.set_weights(rows, work.col_begin, args.intermediate_size);
     Gemm::prefetch_weights(smem, copy, num_steps);
 
-    const element *first = static_cast<const element *>(args.intermediate) +
-                           work.row_begin * args.intermediate_stride;
+    const element *first =
+        static_cast<const element *>(args.intermediate) + work.row_begin * args.intermediate_stride;
     copy.set_tokens(work.num_rows, [&](int32_t r) { return first + r * args.intermediate_stride; });
     grid_dependency_wait();
     grid_launch_dependents();

@@ -87,10 +87,9 @@ static __device__ __forceinline__ void activate(float (&y)[4], const float (&g)[
 
 // Phase 2 of the epilogue: a thread takes four neighbouring outputs of one row at a time.
 template <class Gemm>
-static __device__ __forceinline__ void write_intermediate(const typename Gemm::shared &smem,
-                                                          const typename Gemm::work &work,
-                                                          const weight_rows &rows,
-                                                          const moe_gate_up_args &args)
+static __device__ __forceinline__ void
+write_intermediate(const typename Gemm::shared &smem, const typename Gemm::work &work,
+                   const weight_rows &rows, const moe_gate_up_args &args)
 {
     using T = typename Gemm::T;
     using element = typename T::element;
@@ -137,7 +136,8 @@ static __device__ __forceinline__ void write_intermediate(const typename Gemm::s
         element *to = static_cast<element *>(args.intermediate) +
                       (static_cast<int64_t>(work.row_begin) + row) * args.intermediate_stride + out;
         if (Gemm::kVector && count == 4) {
-            *reinterpret_cast<uint2 *>(to) = make_uint2(T::round2(y[0], y[1]), T::round2(y[2], y[3]));
+            *reinterpret_cast<uint2 *>(to) =
+                make_uint2(T::round2(y[0], y[1]), T::round2(y[2], y[3]));
         } else {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
@@ -157,8 +157,8 @@ static __device__ __forceinline__ void gate_up(const moe_gate_up_args &args)
     grid_launch_dependents();
     int32_t size = args.intermediate_size;
     int32_t num_cols = args.gated ? 2 * size : size;
-    typename Gemm::work work = Gemm::find_work(args.tiles, args.num_tiles, args.max_tiles, num_cols,
-                                               args.num_slots);
+    typename Gemm::work work =
+        Gemm::find_work(args.tiles, args.num_tiles, args.max_tiles, num_cols, args.num_slots);
     if (work.num_rows == 0) return;
 
     weight_rows rows;

@@ -20,7 +20,7 @@ struct weight_rows {
     const void *base; // of the expert
     int64_t stride;   // from row to row, elements
     int32_t num_cols; // columns there are: n < num_cols
-    int32_t split;    // 0: column n is row n. I: gate i is row i + gate_first, up i row i + up_first
+    int32_t split; // 0: column n is row n. I: gate i is row i + gate_first, up i row i + up_first
     int32_t gate_first;
     int32_t up_first;
 
@@ -41,12 +41,10 @@ struct gemm_mma {
     using element = typename Type::element;
 
     static constexpr int kThreads = MOE_GEMM_THREADS(kWarpsM, kWarpsN, kWarpsK);
-    static constexpr int kChunks = kTileK / 8;             // 16-byte chunks of a row of a stage
-    static constexpr int kPassRows = kThreads / kChunks;   // rows that all threads copy at once
+    static constexpr int kChunks = kTileK / 8;           // 16-byte chunks of a row of a stage
+    static constexpr int kPassRows = kThreads / kChunks; // rows that all threads copy at once
     static constexpr int kTokenPasses = kRows / kPassRows;
     static constexpr int kWeightPasses = kCols / kPassRows;
-    static constexpr int kFragsM = kRows / kWarpsM / 16;   // of a warp: 16 rows each
-    static constexpr int kFragsN = kCols / kWarpsN / 8;    // 8 columns each
     static constexpr int kSteps = kTileK / 16 / kWarpsK;   // k16 steps of a warp in a stage
     static constexpr int kSumsStride = kCols + 8;          // f32; rows 8 banks apart
     static constexpr int kTokenBytes = kRows * kTileK * 2; // of a stage
@@ -59,8 +57,6 @@ struct gemm_mma {
     static_assert(kTokenPasses * kPassRows == kRows, "all threads copy token rows");
     static_assert(kWeightPasses * kPassRows == kCols, "all threads copy weight rows");
     static_assert(kWeightPasses <= 32 && kTokenPasses <= 32, "one bit per pass");
-    static_assert(kFragsM * 16 * kWarpsM == kRows, "warps share the rows in m16 fragments");
-    static_assert(kFragsN * 8 * kWarpsN == kCols && kFragsN % 2 == 0, "ldmatrix loads n16 at a time");
     static_assert(kSteps >= 1 && kSteps * 16 * kWarpsK == kTileK, "warps share the K of a stage");
     static_assert(kStages >= 2, "a ring");
     static_assert(kRows <= kThreads, "thread r looks up row r");
@@ -85,9 +81,9 @@ struct gemm_mma {
         int32_t expert, row_begin, num_rows, col_begin;
     };
 
-    static __device__ __forceinline__ work find_work(const moe_tile *tiles, const int32_t *num_tiles,
-                                                     int32_t max_tiles, int32_t num_cols,
-                                                     int64_t num_slots)
+    static __device__ __forceinline__ work find_work(const moe_tile *tiles,
+                                                     const int32_t *num_tiles, int32_t max_tiles,
+                                                     int32_t num_cols, int64_t num_slots)
     {
         uint32_t col_tiles = (static_cast<uint32_t>(num_cols) + kCols - 1) / kCols;
         uint32_t tile, col;
@@ -105,7 +101,8 @@ struct gemm_mma {
         int32_t count = __ldcg(num_tiles);
         int4 found = __ldcg(reinterpret_cast<const int4 *>(tiles + tile));
         if (static_cast<int64_t>(tile) >= count) return {0, 0, 0, 0};
-        int32_t rows = static_cast<int32_t>(min(static_cast<int64_t>(found.z), num_slots - found.y));
+        int32_t rows =
+            static_cast<int32_t>(min(static_cast<int64_t>(found.z), num_slots - found.y));
         return {found.x, found.y, max(rows, 0), static_cast<int32_t>(col * kCols)};
     }
 
@@ -117,18 +114,20 @@ struct gemm_mma {
     template <class X>
     static __device__ __forceinline__ void keep(X &x)
     {
-        if constexpr (sizeof(X) == 8) asm volatile("" : "+l"(x));
-        else asm volatile("" : "+r"(x));
+        if constexpr (sizeof(X) == 8)
+            asm volatile("" : "+l"(x));
+        else
+            asm volatile("" : "+r"(x));
     }
 
     struct copier {
         const unsigned char *token[kTokenPasses]; // this thread's chunk at k = 0
         const unsigned char *weight;
-        int64_t weight_step;   // from pass to pass, bytes
-        uint32_t token_valid;  // bit pass: the row exists
+        int64_t weight_step;  // from pass to pass, bytes
+        uint32_t token_valid; // bit pass: the row exists
         uint32_t weight_valid;
-        uint32_t offset;       // of the chunk within a stage, bytes
-        int32_t k_end;         // K less this chunk's k
+        uint32_t offset; // of the chunk within a stage, bytes
+        int32_t k_end;   // K less this chunk's k
 
         __device__ __forceinline__ void set_weights(const weight_rows &rows, int32_t col_begin,
                                                     int32_t k_size)
@@ -137,7 +136,8 @@ struct gemm_mma {
             k_end = k_size - k;
             offset = row * (kTileK * 2) + ((chunk ^ (row & 7)) << 4);
             weight = reinterpret_cast<const unsigned char *>(
-                static_cast<const element *>(rows.base) + rows.row(col_begin + row) * rows.stride + k);
+                static_cast<const element *>(rows.base) + rows.row(col_begin + row) * rows.stride +
+                k);
             weight_step = (rows.split ? kPassRows / 2 : kPassRows) * rows.stride;
             weight_valid = 0;
 #pragma unroll
@@ -192,10 +192,10 @@ struct gemm_mma {
             int32_t at = step * kTileK;
             uint32_t valid = at < k_end ? token_valid : 0;
 #pragma unroll
-            for (int pass = part * kTokenPasses / kParts;
-                 pass < (part + 1) * kTokenPasses / kParts; ++pass)
-                cp_async_16(to + pass * (kPassRows * kTileK * 2), token[pass] + at * int64_t{sizeof(element)},
-                            (valid >> pass & 1) << 4);
+            for (int pass = part * kTokenPasses / kParts; pass < (part + 1) * kTokenPasses / kParts;
+                 ++pass)
+                cp_async_16(to + pass * (kPassRows * kTileK * 2),
+                            token[pass] + at * int64_t{sizeof(element)}, (valid >> pass & 1) << 4);
         }
 
         // The way through registers: eight elements, wherever they start and however many there are.
@@ -206,7 +206,8 @@ struct gemm_mma {
             const unsigned short *bits = reinterpret_cast<const unsigned short *>(from);
             uint32_t e[8];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) e[i] = i < count ? bits[i] : 0u;
+            for (int i = 0; i < 8; ++i)
+                e[i] = i < count ? bits[i] : 0u;
             return make_uint4(e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16,
                               e[6] | e[7] << 16);
         }
@@ -222,9 +223,9 @@ struct gemm_mma {
                                         token_valid >> pass & 1 ? left : 0);
 #pragma unroll
             for (int pass = 0; pass < kWeightPasses; ++pass)
-                held[kTokenPasses + pass] = load_chunk(
-                    weight + at * int64_t{sizeof(element)} + pass * weight_step,
-                    weight_valid >> pass & 1 ? left : 0);
+                held[kTokenPasses + pass] =
+                    load_chunk(weight + at * int64_t{sizeof(element)} + pass * weight_step,
+                               weight_valid >> pass & 1 ? left : 0);
         }
 
         __device__ __forceinline__ void store(const uint4 (&held)[kTokenPasses + kWeightPasses],
@@ -246,12 +247,22 @@ struct gemm_mma {
     // Fragments and products
     // ---------------------------------------------------------------------------------------------
 
-    struct fragments {
-        uint32_t token[kFragsM][4];
-        uint32_t weight[kFragsN / 2][4]; // two n8 fragments each
-    };
-
+    // How the warps share a tile. kHalf: the rows all lie in the tile's first part (kWarpsM parts), which
+    // then all warps share by columns: a tile that is mostly padding costs accordingly less.
+    template <bool kHalf>
     struct multiplier {
+        static constexpr int kM = kHalf ? 1 : kWarpsM, kN = kHalf ? kWarpsM * kWarpsN : kWarpsN;
+        static constexpr int kFragsM = kRows / kWarpsM / 16; // of a warp: 16 rows each
+        static constexpr int kFragsN = kCols / kN / 8;       // 8 columns each
+        static_assert(kFragsM * 16 * kWarpsM == kRows, "warps share the rows in m16 fragments");
+        static_assert(kFragsN * 8 * kN == kCols && kFragsN % 2 == 0,
+                      "ldmatrix loads n16 at a time");
+
+        struct fragments {
+            uint32_t token[kFragsM][4];
+            uint32_t weight[kFragsN / 2][4]; // two n8 fragments each
+        };
+
         float sums[kFragsM][kFragsN][4];
         uint32_t token_at, weight_at; // this lane's ldmatrix row in stage 0
         uint32_t token_chunk, weight_chunk;
@@ -260,9 +271,9 @@ struct gemm_mma {
         __device__ __forceinline__ void start(const shared &smem)
         {
             int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-            warp_m = warp % kWarpsM;
-            warp_n = warp / kWarpsM % kWarpsN;
-            warp_k = warp / (kWarpsM * kWarpsN);
+            warp_m = warp % kM;
+            warp_n = warp / kM % kN;
+            warp_k = warp / (kM * kN);
             int32_t token_row = warp_m * (kFragsM * 16) + (lane & 15);
             int32_t weight_row = warp_n * (kFragsN * 8) + (lane & 7) + ((lane >> 4) << 3);
             token_at = shared_address(smem.ring.token[0]) + token_row * (kTileK * 2);
@@ -274,7 +285,8 @@ struct gemm_mma {
 #pragma unroll
                 for (int n = 0; n < kFragsN; ++n)
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) sums[m][n][i] = 0.0f;
+                    for (int i = 0; i < 4; ++i)
+                        sums[m][n][i] = 0.0f;
         }
 
         __device__ __forceinline__ void load(fragments &f, int stage, int step) const
@@ -336,7 +348,8 @@ struct gemm_mma {
 
     // The weight of each row, 0 where there is no token. Visible after the next barrier.
     template <class Args>
-    static __device__ __forceinline__ void store_weight(shared &smem, int32_t slot, const Args &args)
+    static __device__ __forceinline__ void store_weight(shared &smem, int32_t slot,
+                                                        const Args &args)
     {
         if (!args.topk_weights || threadIdx.x >= kRows) return;
         int32_t token = token_of(slot, args);
@@ -394,29 +407,33 @@ struct gemm_mma {
     static __device__ __forceinline__ void run(shared &smem, const copier &copy, int32_t num_rows,
                                                int32_t num_steps)
     {
-        multiplier math;
+        if (kWarpsM > 1 && num_rows <= kRows / kWarpsM)
+            run<kWarpsM != 1>(smem, copy, num_steps);
+        else
+            run<false>(smem, copy, num_steps);
+    }
+
+    template <bool kHalf>
+    static __device__ __forceinline__ void run(shared &smem, const copier &copy, int32_t num_steps)
+    {
+        multiplier<kHalf> math;
         math.start(smem);
-        // A warp whose rows are all past the tile leaves the tensor cores to the others.
-        bool active = kWarpsM == 1 || math.warp_m * (kFragsM * 16) < num_rows;
-        if constexpr (kVector) {
-            if (active) run_async<true>(smem, copy, math, num_steps);
-            else run_async<false>(smem, copy, math, num_steps);
-        } else {
-            run_registers(smem, copy, math, active, num_steps);
-        }
+        if constexpr (kVector)
+            run_async(smem, copy, math, num_steps);
+        else
+            run_registers(smem, copy, math, num_steps);
         math.stage_sums(smem);
         __syncthreads();
     }
 
-    // kActive: a warp with rows in the tile. The others only copy, and meet at the same barriers.
-    template <bool kActive>
+    template <class Multiplier>
     static __device__ __forceinline__ void run_async(shared &smem, const copier &copy,
-                                                     multiplier &math, int32_t num_steps)
+                                                     Multiplier &math, int32_t num_steps)
     {
-        fragments f[2];
+        typename Multiplier::fragments f[2];
         cp_async_wait<kStages - 2>();
         __syncthreads();
-        if constexpr (kActive) math.load(f[0], 0, 0);
+        math.load(f[0], 0, 0);
 
         int stage = 0, fill = kStages - 1; // where step kt is, where step kt + kStages - 1 goes
         for (int32_t kt = 0; kt < num_steps; ++kt) {
@@ -434,18 +451,18 @@ struct gemm_mma {
                     cp_async_wait<kStages - 2>(); // step kt + 1 has landed
                     __syncthreads();
                 }
-                if constexpr (kActive) {
-                    // The next fragments are under way while these multiply.
-                    if constexpr (kSteps == 1) {
-                        math.load(f[1], next, 0);
-                        math.multiply(f[0]);
-                        f[0] = f[1];
-                    } else {
-                        static_assert(kSteps % 2 == 0 || kSteps == 1, "fragment buffers alternate");
-                        if (step == kSteps - 1) math.load(f[(step + 1) & 1], next, 0);
-                        else math.load(f[(step + 1) & 1], stage, step + 1);
-                        math.multiply(f[step & 1]);
-                    }
+                // The next fragments are under way while these multiply.
+                if constexpr (kSteps == 1) {
+                    math.load(f[1], next, 0);
+                    math.multiply(f[0]);
+                    f[0] = f[1];
+                } else {
+                    static_assert(kSteps % 2 == 0 || kSteps == 1, "fragment buffers alternate");
+                    if (step == kSteps - 1)
+                        math.load(f[(step + 1) & 1], next, 0);
+                    else
+                        math.load(f[(step + 1) & 1], stage, step + 1);
+                    math.multiply(f[step & 1]);
                 }
             }
             stage = next;
@@ -455,9 +472,9 @@ struct gemm_mma {
         __syncthreads();
     }
 
+    template <class Multiplier>
     static __device__ __forceinline__ void run_registers(shared &smem, const copier &copy,
-                                                         multiplier &math, bool active,
-                                                         int32_t num_steps)
+                                                         Multiplier &math, int32_t num_steps)
     {
         uint4 held[kTokenPasses + kWeightPasses];
         copy.load(held, 0);
@@ -465,13 +482,11 @@ struct gemm_mma {
         __syncthreads();
         for (int32_t kt = 0; kt < num_steps; ++kt) {
             if (kt + 1 < num_steps) copy.load(held, kt + 1);
-            if (active) {
 #pragma unroll
-                for (int step = 0; step < kSteps; ++step) {
-                    fragments f;
-                    math.load(f, kt & 1, step);
-                    math.multiply(f);
-                }
+            for (int step = 0; step < kSteps; ++step) {
+                typename Multiplier::fragments f;
+                math.load(f, kt & 1, step);
+                math.multiply(f);
             }
             if (kt + 1 < num_steps) copy.store(held, smem, (kt + 1) & 1);
             __syncthreads();

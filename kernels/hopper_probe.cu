@@ -38,7 +38,8 @@ extern "C" __global__ void __launch_bounds__(128, 1)
 
     float sums[32];
 #pragma unroll
-    for (int i = 0; i < 32; ++i) sums[i] = 0.0f;
+    for (int i = 0; i < 32; ++i)
+        sums[i] = 0.0f;
     wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kSize; k += 16)

@@ -39,8 +39,8 @@ enum {
     MOE_ACT_GELU,       /* g * (1 + erf(g / sqrt(2))) / 2 */
     MOE_ACT_GELU_TANH,  /* the tanh form */
     MOE_ACT_RELU2,      /* max(g, 0)^2 */
-    MOE_ACT_SWIGLU_OAI, /* g = min(g, limit), u = clamp(u, limit): g * sigmoid(alpha * g) * (u + 1) */
-    MOE_ACT_SITU,       /* alpha * tanh(g / alpha) * sigmoid(g); u = limit * tanh(u / limit) where limit > 0 */
+    MOE_ACT_SWIGLU_OAI, /* g = min(g, limit), u = clamp(u, limit): g sigmoid(alpha g) (u + 1) */
+    MOE_ACT_SITU,       /* alpha tanh(g / alpha) sigmoid(g) u; u = limit tanh(u / limit) if any */
     MOE_ACT_COUNT
 };
 
@@ -82,8 +82,8 @@ typedef struct moe_route_args {
     int64_t weights_stride;
     int64_t ids_stride;
     int64_t num_tokens;
-    int32_t num_experts; /* columns of router_logits, 1 .. 1024 */
-    int32_t topk;        /* 1 .. 32 */
+    int32_t num_experts;  /* columns of router_logits, 1 .. 1024 */
+    int32_t topk;         /* 1 .. 32 */
     int32_t logits_dtype; /* MOE_F32, MOE_BF16, MOE_F16 */
     int32_t ids_dtype;    /* MOE_I32, MOE_I64 */
     int32_t method;       /* MOE_ROUTE_* */
@@ -101,8 +101,8 @@ typedef struct moe_align_args {
     int32_t *row_of_slot;      /* [num_slots], written: slot -> row, -1 where dropped */
     moe_tile *tiles;           /* [max_tiles], written below num_tiles, or NULL (CPU) */
     int32_t *num_tiles;        /* [1], written, or NULL (CPU) */
-    int32_t *counts;           /* [num_blocks, num_experts] scratch, or NULL where num_blocks is 1 */
-    int64_t ids_stride;        /* from row to row */
+    int32_t *counts;    /* [num_blocks, num_experts] scratch, or NULL where num_blocks is 1 */
+    int64_t ids_stride; /* from row to row */
     int64_t expert_start;
     int64_t expert_map_size;
     int64_t num_tokens;
@@ -117,9 +117,9 @@ typedef struct moe_align_args {
 /* Stage 3, gate_up: intermediate[r] = act(x[token(r)] . w13[e]^T + w13_bias[e]), in f32, rounded once */
 typedef struct moe_gate_up_args {
     const void *hidden_states; /* [num_tokens, hidden_size] dtype */
-    const void *w13;           /* [num_experts, 2 * intermediate_size (or 1 *, not gated), hidden_size] dtype */
+    const void *w13;           /* [num_experts, 2 I (I: not gated), hidden_size] dtype */
     const void *w13_bias;      /* [num_experts, the same rows] w13_bias_dtype, or NULL */
-    const void *topk_weights;  /* [num_tokens, topk]: multiplies (x . w13 + bias) before the activation, or NULL */
+    const void *topk_weights;  /* [num_tokens, topk]: times (x . w13 + bias), or NULL */
     const int32_t *expert_offsets;
     const int32_t *sorted_token_ids;
     const moe_tile *tiles;    /* NULL on the CPU */
@@ -131,8 +131,8 @@ typedef struct moe_gate_up_args {
     int64_t w13_bias_stride; /* from expert to expert */
     int64_t weights_stride;
     int64_t intermediate_stride;
-    int64_t num_tokens; /* rows of hidden_states: a token outside reads as zeros (stages called alone) */
-    int64_t num_slots;  /* capacity of sorted_token_ids and intermediate: rows at or past it are skipped */
+    int64_t num_tokens; /* of hidden_states; a token outside reads as zeros */
+    int64_t num_slots; /* capacity of sorted_token_ids and intermediate; rows past it are skipped */
     int32_t num_experts;
     int32_t topk;
     int32_t hidden_size;
@@ -166,7 +166,7 @@ typedef struct moe_down_args {
     int64_t w2_bias_stride;
     int64_t weights_stride;
     int64_t rows_stride;
-    int64_t num_tokens; /* rows of topk_weights: a token outside has weight 0 (stages called alone) */
+    int64_t num_tokens; /* of topk_weights; a token outside has weight 0 */
     int64_t num_slots;  /* capacity of sorted_token_ids, intermediate and rows */
     int32_t num_experts;
     int32_t topk;
@@ -199,24 +199,27 @@ typedef struct moe_combine_args {
 /* Launch geometry of a row of gemm_variants.def. One dimension of thread blocks (a second one would end at 65535):
  * col_tiles = ceil(weight rows / cols) column tiles for each of max_tiles tiles; blocks past *num_tiles leave at once.
  * Shared memory: the ring of token and weight rows, then 8 bytes for each row of the tile. */
-#define MOE_GEMM_THREADS(wm, wn, wk)               (32 * (wm) * (wn) * (wk))
-#define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages) ((stages) * ((rows) + (cols)) * (k) * 2 + (rows) * 8)
-#define MOE_GEMM_GRID(max_tiles, weight_rows, cols) \
+#define MOE_GEMM_THREADS(wm, wn, wk) (32 * (wm) * (wn) * (wk))
+#define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)                                                 \
+    ((stages) * ((rows) + (cols)) * (k) * 2 + (rows) * 8)
+#define MOE_GEMM_GRID(max_tiles, weight_rows, cols)                                                \
     ((int64_t)(max_tiles) * (((int64_t)(weight_rows) + (cols) - 1) / (cols)))
 
 /* Thread blocks of the other stages. */
-#define MOE_ALIGN_THREADS   512
+#define MOE_ALIGN_THREADS     512
 #define MOE_ALIGN_ONE_SLOTS   2048 /* up to here moe_align_one; above: count, scan, place */
-#define MOE_ALIGN_BLOCK_SLOTS 512 /* slots per block of count and place, until there are */
-#define MOE_ALIGN_MAX_BLOCKS  64  /* so many blocks: scan walks over all of them */
-#define MOE_ROUTE_THREADS   128 /* one warp per token: ceil(num_tokens / 4) blocks */
-#define MOE_COMBINE_THREADS 128 /* a thread does 8 columns: num_tokens * ceil(hidden_size / 1024) blocks */
-#define MOE_COMBINE_COLS    (8 * MOE_COMBINE_THREADS)
+#define MOE_ALIGN_BLOCK_SLOTS 512  /* slots per block of count and place, until there are */
+#define MOE_ALIGN_MAX_BLOCKS  64   /* so many blocks: scan walks over all of them */
+#define MOE_ROUTE_THREADS     128  /* one warp per token: ceil(num_tokens / 4) blocks */
+#define MOE_COMBINE_THREADS   128 /* 8 columns each: num_tokens * ceil(hidden_size / 1024) blocks */
+#define MOE_COMBINE_COLS      (8 * MOE_COMBINE_THREADS)
 
 #ifdef __cplusplus
-#define MOE_ASSERT_SIZE(type, bytes) static_assert(sizeof(type) == (bytes), "C and CUDA agree on " #type)
+#define MOE_ASSERT_SIZE(type, bytes)                                                               \
+    static_assert(sizeof(type) == (bytes), "C and CUDA agree on " #type)
 #else
-#define MOE_ASSERT_SIZE(type, bytes) _Static_assert(sizeof(type) == (bytes), "C and CUDA agree on " #type)
+#define MOE_ASSERT_SIZE(type, bytes)                                                               \
+    _Static_assert(sizeof(type) == (bytes), "C and CUDA agree on " #type)
 #endif
 MOE_ASSERT_SIZE(moe_tile, 16);
 MOE_ASSERT_SIZE(moe_route_args, 80);

@@ -26,7 +26,8 @@ static __device__ __forceinline__ float key_logit(uint32_t key)
 static __device__ __forceinline__ float warp_sum(float x)
 {
 #pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    for (int offset = 16; offset > 0; offset /= 2)
+        x += __shfl_xor_sync(0xffffffffu, x, offset);
     return x;
 }
 
@@ -64,7 +65,8 @@ static __device__ __forceinline__ void route(const moe_route_args &args, int64_t
     for (int32_t s = 0; s < args.topk; ++s) {
         uint32_t best = 0;
 #pragma unroll
-        for (int i = 0; i < kHeld; ++i) best = max(best, key[i]);
+        for (int i = 0; i < kHeld; ++i)
+            best = max(best, key[i]);
         best = __reduce_max_sync(0xffffffffu, best);
         uint32_t expert = 0xffffffffu;
 #pragma unroll
@@ -84,8 +86,10 @@ static __device__ __forceinline__ void route(const moe_route_args &args, int64_t
         float *weights = static_cast<float *>(args.topk_weights);
         weights[token * args.weights_stride + lane] = chosen_exp / sum * args.scale;
         int64_t at = token * args.ids_stride + lane;
-        if (args.ids_dtype == MOE_I64) static_cast<int64_t *>(args.topk_ids)[at] = chosen;
-        else static_cast<int32_t *>(args.topk_ids)[at] = chosen;
+        if (args.ids_dtype == MOE_I64)
+            static_cast<int64_t *>(args.topk_ids)[at] = chosen;
+        else
+            static_cast<int32_t *>(args.topk_ids)[at] = chosen;
     }
 }
 
@@ -96,8 +100,12 @@ extern "C" __global__ void __launch_bounds__(MOE_ROUTE_THREADS, 1)
     grid_launch_dependents();
     int64_t token = static_cast<int64_t>(blockIdx.x) * (MOE_ROUTE_THREADS / 32) + threadIdx.x / 32;
     if (token >= args.num_tokens) return;
-    if (args.num_experts <= 128) route<4>(args, token);
-    else if (args.num_experts <= 256) route<8>(args, token);
-    else if (args.num_experts <= 512) route<16>(args, token);
-    else route<32>(args, token);
+    if (args.num_experts <= 128)
+        route<4>(args, token);
+    else if (args.num_experts <= 256)
+        route<8>(args, token);
+    else if (args.num_experts <= 512)
+        route<16>(args, token);
+    else
+        route<32>(args, token);
 }
