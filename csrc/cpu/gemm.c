@@ -50,7 +50,7 @@ typedef struct gemm_run {
     int32_t lookahead;          /* tiles, for more than one group */
     int32_t threads;
     int64_t row_bytes; /* of one packed token row */
-    int64_t c_stride;
+    int64_t c_stride, widened_floats;
     char *scratch;
     const char *zeros; /* a token row */
     int64_t thread_bytes;
@@ -176,7 +176,7 @@ static void set_prefetch(moe_dot *dot, const char *ahead, int64_t row_stride, in
 }
 
 static void multiply_item(const gemm_run *run, const gemm_item *item, const gemm_item *next,
-                          const char *packed, float *c)
+                          const char *packed, float *c, float *widened)
 {
     const moe_gemm *gemm = run->gemm;
     const moe_simd *simd = gemm->simd;
@@ -187,6 +187,7 @@ static void multiply_item(const gemm_run *run, const gemm_item *item, const gemm
     const int tiles = (item->num_cols + MOE_DOT_ROWS - 1) / MOE_DOT_ROWS;
     const int all_tiles = tiles * gemm->num_parts;
     const int lookahead = groups > 1 ? run->lookahead : 1;
+    const bool widen = simd->widen && gemm->dtype != MOE_F32 && groups > 1;
     moe_dot dot = {.c_stride = run->c_stride};
 
     for (int t = 0; t < all_tiles; ++t) {
@@ -207,14 +208,19 @@ static void multiply_item(const gemm_run *run, const gemm_item *item, const gemm
             dot.accumulate = k > 0;
             for (int i = 0; i < MOE_DOT_ROWS; ++i)
                 dot.w[i] = rows[i] + k * bytes;
+            if (widen)
+                for (int i = 0; i < MOE_DOT_ROWS; ++i) {
+                    simd->widen(widened + i * BLOCK_K, dot.w[i], dot.k, gemm->dtype);
+                    dot.w[i] = widened + i * BLOCK_K;
+                }
             for (int g = 0; g < groups; ++g) {
                 const int begin = group_begin(item->num_rows, groups, g);
                 const int num_tokens = group_begin(item->num_rows, groups, g + 1) - begin;
-                dot.fresh = g == 0;
+                dot.fresh = g == 0 && !widen;
                 dot.x = packed + begin * run->row_bytes + k * num_tokens * packed_bytes;
                 dot.c = c + (part * (int64_t)run->chunk_rows + begin) * run->c_stride + col;
                 set_prefetch(&dot, ahead, row_stride, dot.k * bytes, g, groups);
-                simd->dot[gemm->dtype](&dot, num_tokens);
+                simd->dot[widen ? MOE_F32 : gemm->dtype](&dot, num_tokens);
             }
         }
     }
@@ -225,7 +231,8 @@ static void gemm_region(void *context, int thread)
     gemm_run *run = context;
     const moe_gemm *gemm = run->gemm;
     char *packed = run->scratch + thread * run->thread_bytes;
-    float *c = (float *)(void *)(packed + run->chunk_rows * run->row_bytes);
+    float *widened = (float *)(void *)(packed + run->chunk_rows * run->row_bytes);
+    float *c = widened + run->widened_floats;
     gemm_item item, next;
     int64_t packed_row = -1;
 
@@ -236,7 +243,7 @@ static void gemm_region(void *context, int thread)
         more = take_item(run, &share, &next);
         if (item.row != packed_row) pack_rows(run, &item, packed);
         packed_row = item.row;
-        multiply_item(run, &item, more ? &next : NULL, packed, c);
+        multiply_item(run, &item, more ? &next : NULL, packed, c, widened);
         moe_gemm_block block = {.row = item.row,
                                 .c_stride = run->c_stride,
                                 .num_rows = item.num_rows,
@@ -324,8 +331,11 @@ int moe_grouped_gemm(const moe_gemm *gemm, moe_error *err)
                                      (last_cols + MOE_DOT_ROWS - 1) / MOE_DOT_ROWS);
 
     run.c_stride = round_up(cols, MOE_VECTOR_FLOATS);
+    run.widened_floats = simd->widen ? MOE_DOT_ROWS * BLOCK_K : 0;
     run.thread_bytes =
-        round_up(run.chunk_rows * (run.row_bytes + gemm->num_parts * run.c_stride * 4), 4096);
+        round_up(run.chunk_rows * (run.row_bytes + gemm->num_parts * run.c_stride * 4) +
+                     run.widened_floats * 4,
+                 4096);
     const int64_t zero_bytes = round_up(gemm->k * bytes, 4096);
     const int64_t scratch_bytes = run.thread_bytes * threads + zero_bytes;
     run.scratch = aligned_alloc(4096, (size_t)scratch_bytes);

@@ -56,6 +56,10 @@ typedef struct moe_simd {
     void (*pack[MOE_NUM_DTYPES])(void *packed, const void *const *rows, int num_rows, int64_t k);
     void (*dot[MOE_NUM_DTYPES])(const moe_dot *dot, int num_tokens);
 
+    /* NULL, or: to = n weights as f32, so that dot[MOE_F32] gives the same bits as dot[dtype], for tables
+     * where widening in every dot costs more than once for all token rows. */
+    void (*widen)(float *to, const void *weights, int64_t n, int32_t dtype);
+
     /* Epilogues on n floats of a row of C, which may be touched up to a multiple of 16. */
     void (*add)(float *c, const void *values, int64_t n, int32_t dtype);
     void (*scale)(float *c, float factor, int64_t n);

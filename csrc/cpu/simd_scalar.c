@@ -11,11 +11,20 @@
 #include "simd.h"
 
 typedef float four_floats __attribute__((vector_size(16)));
+typedef uint32_t four_words __attribute__((vector_size(16)));
+typedef uint16_t four_halves __attribute__((vector_size(8)));
 
+/* f16_to_f32 on four lanes */
 static inline four_floats load_halves(const void *p)
 {
-    return (four_floats){load_element(p, 0, MOE_F16), load_element(p, 1, MOE_F16),
-                         load_element(p, 2, MOE_F16), load_element(p, 3, MOE_F16)};
+    four_halves h;
+    memcpy(&h, p, sizeof h);
+    four_words bits = __builtin_convertvector(h, four_words), magnitude = bits & 0x7fffu;
+    four_words small = (four_words)(magnitude < 0x400u);
+    four_words special = (four_words)(magnitude >= 0x7c00u);
+    four_words normal = (magnitude << 13) + (112u << 23) + (special & (112u << 23));
+    four_words denormal = (four_words)(__builtin_convertvector(magnitude, four_floats) * 0x1p-24f);
+    return (four_floats)((small & denormal) | (~small & normal) | (bits & 0x8000u) << 16);
 }
 
 static inline void store_halves(void *p, four_floats v)

@@ -197,14 +197,24 @@ INLINE vf silu(vf g, int32_t clamp, vf limit)
     return clamp == MOE_CLAMP_AFTER ? at_most(g, limit) : g;
 }
 
-/* g * (1 + erf(g / sqrt 2)) / 2, as erfc so that the far negative side keeps its digits */
+/* g * (1 + erf(g / sqrt 2)) / 2 = g / 2 * erfc(-g / sqrt 2), so that the far negative side keeps its
+ * digits. For a >= 0: erfc(a) = e^(-a^2) p(t), t = 1 / (1 + 0.4 a); p fitted to 3e-8 on a <= 10.6, where
+ * the exponential is below the smallest f32. */
 INLINE vf gelu(vf g)
 {
-    float value[LANES];
-    memcpy(value, &g, sizeof g);
-    for (int i = 0; i < LANES; ++i)
-        value[i] = 0.5f * value[i] * erfcf(value[i] * -0.70710678f);
-    return load_f32(value);
+    vf a = (vf)((vu)g & 0x7fffffffu) * 0.70710678f;
+    vf t = 1.0f / (1.0f + 0.4f * a);
+    vf p = t * 0.03056851588189602f - 0.08469509333372116f;
+    p = p * t - 0.04085918515920639f;
+    p = p * t + 0.24613749980926514f;
+    p = p * t - 0.04459775984287262f;
+    p = p * t + 0.25615930557250977f;
+    p = p * t + 0.1815916746854782f;
+    p = p * t + 0.23049071431159973f;
+    p = p * t + 0.2251829355955124f;
+    p = p * t + 2.1430230844998732e-05f;
+    vf tail = p * exponential(-0.5f * g * g);
+    return 0.5f * g * select_f(g < 0.0f, tail, 2.0f - tail);
 }
 
 /* One value of the activation (MOE_ACT_* in moe_kernels.h). activation is a constant where this is
@@ -562,10 +572,20 @@ static TARGET void pack_bf16(void *packed, const void *const *rows, int num_rows
         pack_as_f32(packed, rows, num_rows, k, LANES, MOE_BF16);
 }
 
+#if LANES < 16
+static TARGET void widen_weights(float *to, const void *weights, int64_t n, int32_t dtype)
+{
+    for (int64_t i = 0; i < n; i += LANES)
+        store_up_to(to, i, n, load_up_to(weights, i, n, dtype), MOE_F32);
+}
+#else
+#define widen_weights NULL
+#endif
+
 /* The entries of a table that this file brings. */
 #define MOE_SIMD_FUNCTIONS                                                                         \
     .max_tokens = MAX_TOKENS, .step = {0, LANES, NATIVE_BF16 ? 2 * LANES : LANES, LANES},          \
     .packed_element_bytes = {0, 4, NATIVE_BF16 ? 2 : 4, 4},                                        \
     .pack = {0, pack_f32, pack_bf16, pack_f16}, .dot = {0, dot_f32, dot_bf16, dot_f16},            \
-    .add = add_values, .scale = scale_values, .activate = activate, .round = round_values,         \
-    .sum_rows = sum_rows, .exp_minus = exp_minus, .read = read_bytes
+    .widen = widen_weights, .add = add_values, .scale = scale_values, .activate = activate,        \
+    .round = round_values, .sum_rows = sum_rows, .exp_minus = exp_minus, .read = read_bytes
