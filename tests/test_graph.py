@@ -106,6 +106,7 @@ def test_many_layers_in_one_graph(gpu, seed):
     assert same_bits(gpu.get(x), eager)
 
 
+@pytest.mark.filterwarnings("ignore:DEBUG")  # torch says that it wrote the file
 def test_a_graph_has_kernels_only(gpu, seed, tmp_path):
     """No memset, no copy: a captured call is its kernels, as many as the plan says."""
     torch = gpu.torch
@@ -168,12 +169,13 @@ def test_nothing_waits_for_the_device(gpu, seed):
     assert_close(gpu.get(out), want, error, seed=seed)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # a prototype, says torch
 def test_synchronising_debug_mode_of_torch_finds_nothing(gpu, seed):
     torch = gpu.torch
     layer = make_layer(seed, 40, 64, 40, 4, 2)
     tensors, options = put_layer(gpu, layer)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         out = fused_experts(**tensors, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -210,11 +212,9 @@ support.check_layer(support.NumpyBackend(), support.make_layer(1, 5, 32, 16, 4, 
     assert "device" in text and "CUDA_VISIBLE_DEVICES" in text or "GPU" in text
 
 
-@pytest.mark.parametrize(
-    "variable", ["FUSEDMOE_SYNC", "CUDA_FORCE_PTX_JIT", "CUDA_LAUNCH_BLOCKING"]
-)
+@pytest.mark.parametrize("variable", ["FUSEDMOE_SYNC", "CUDA_LAUNCH_BLOCKING"])
 def test_modes(gpu, variable):
-    """Synchronising after each kernel, and code compiled from PTX by the driver: the same layer."""
+    """Synchronising after each kernel: the same layer."""
     code = """
 import support
 gpu = support.TorchBackend()
@@ -223,6 +223,27 @@ for tokens in (1, 40, 300):
 print("fine")
 """
     assert run_python(code, **{variable: "1"}) == "fine\n"
+
+
+def test_kernels_compiled_from_ptx_by_the_driver(gpu):
+    """What a GPU newer than all machine code in the fatbins runs. Without torch, whose kernels have
+    no PTX: memory and copies through fusedmoe's helpers."""
+    code = """
+import numpy as np, support
+from fusedmoe import fused_experts
+from fusedmoe.backend import backend
+gpu = backend("cuda", 0)
+for dtype in (support.BF16, support.F16):
+    for tokens, hidden in (1, 72), (40, 72), (300, 72), (1100, 511):
+        layer = support.make_layer(1, tokens, hidden, 40, 4, 2, dtype)
+        tensors = {name: gpu.put(array) for name, array in layer.tensors().items()}
+        out = gpu.put(np.full((tokens, hidden), np.nan, np.float32).astype(dtype))
+        fused_experts(**tensors, out=out, workspace=gpu.put(np.full(1 << 24, 0xFF, np.uint8)))
+        want, error = layer.expected()
+        support.assert_close(np.asarray(gpu.get(out)), want, error)
+print("fine")
+"""
+    assert run_python(code, CUDA_FORCE_PTX_JIT="1") == "fine\n"
 
 
 def test_load_and_info(gpu):
