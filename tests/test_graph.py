@@ -1,6 +1,7 @@
 """On a GPU: CUDA graphs, streams, and a GPU that is hidden."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -126,7 +127,8 @@ def test_a_graph_has_kernels_only(gpu, seed, tmp_path):
     text = path.read_text()
     plan = fusedmoe.plan(*layer.sizes)
     assert "MEMSET" not in text.upper() and "MEMCPY" not in text.upper()
-    assert text.count("KERNEL") >= plan["num_launches"] or text.count("moe_") >= 1
+    kernels = re.findall(r"\bmoe_\w+", text)
+    assert len(kernels) >= plan["num_launches"], "the dump names every kernel at least once"
 
 
 @pytest.mark.parametrize("num_streams", [2, 4])
@@ -209,7 +211,7 @@ assert fusedmoe.info()["devices"] == []
 support.check_layer(support.NumpyBackend(), support.make_layer(1, 5, 32, 16, 4, 2))
 """
     text = run_python(code, CUDA_VISIBLE_DEVICES="")
-    assert "device" in text and "CUDA_VISIBLE_DEVICES" in text or "GPU" in text
+    assert re.search(r"(?i)gpu|cuda", text), text
 
 
 @pytest.mark.parametrize("variable", ["FUSEDMOE_SYNC", "CUDA_LAUNCH_BLOCKING"])
