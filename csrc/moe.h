@@ -197,6 +197,8 @@ int moe_run_stage(const moe_call *call, const moe_plan *plan, void *stream, moe_
 int moe_cpu_device_info(moe_device_info *info, moe_error *err);
 int moe_cpu_route(const moe_route_args *args, moe_error *err);
 int moe_cpu_align(const moe_align_args *args, moe_error *err);
+/* FUSEDMOE_CHECK=1: an id that no expert can have is an error. Reads only what describes the ids. */
+int moe_cpu_check_ids(const moe_align_args *args, moe_error *err);
 int moe_cpu_gate_up(const moe_gate_up_args *args, moe_error *err);
 int moe_cpu_down(const moe_down_args *args, moe_error *err);
 int moe_cpu_combine(const moe_combine_args *args, moe_error *err);

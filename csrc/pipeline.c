@@ -290,6 +290,10 @@ int moe_run_layer(const moe_call *call, const moe_plan *plan, void *stream, moe_
 {
     const int64_t num_tokens = plan->problem.num_tokens;
     const run r = make_run(call, plan, &call->hidden_states, stream, err);
+    if (!on_gpu(&r) && !plan->problem.routed) { /* all of them, before the first chunk writes out */
+        const moe_align_args ids = align_args(&r, 0, num_tokens);
+        if (moe_cpu_check_ids(&ids, err)) return err->status;
+    }
     for (int64_t first = 0; first < num_tokens; first += plan->chunk_tokens) {
         int64_t left = num_tokens - first;
         if (run_chunk(&r, first, left < plan->chunk_tokens ? left : plan->chunk_tokens))

@@ -804,27 +804,32 @@ def test_workspace_over_an_input(backend):
 # -------------------------------------------------------------------------------------------------
 
 
-def test_check_mode_raises_on_ids_out_of_range(cpu, tmp_path):
-    """FUSEDMOE_CHECK=1 makes the CPU backend refuse what it otherwise drops."""
+@pytest.mark.parametrize("limit", ["", "3000"], ids=["one pass", "chunks"])
+def test_check_mode_raises_on_ids_out_of_range(cpu, limit):
+    """FUSEDMOE_CHECK=1 makes the CPU backend refuse what it otherwise drops. Nothing is written,
+    also where the bad id is in a later chunk of tokens: the chunks before it once were."""
     import os
     import subprocess
     import sys
 
     code = """
 import numpy as np, ml_dtypes, fusedmoe
-x = np.ones((2, 8), ml_dtypes.bfloat16)
+x = np.ones((200, 8), ml_dtypes.bfloat16)
 w13, w2 = np.ones((2, 4, 8), x.dtype), np.ones((2, 8, 2), x.dtype)
-weights = np.ones((2, 1), np.float32)
-fusedmoe.fused_experts(x, w13, w2, weights, np.array([[0], [1]], np.int32))
+weights, ids = np.ones((200, 1), np.float32), np.zeros((200, 1), np.int32)
+fusedmoe.fused_experts(x, w13, w2, weights, ids)
 out = np.full_like(x, 7)
+ids[190] = 2
 try:
-    fusedmoe.fused_experts(x, w13, w2, weights, np.array([[0], [2]], np.int32), out=out)
+    fusedmoe.fused_experts(x, w13, w2, weights, ids, out=out)
 except ValueError as error:
-    assert "topk_ids" in str(error) and "2" in str(error), error
+    assert "topk_ids" in str(error) and "got 2 at [190, 0]" in str(error), error
     assert (out == 7).all()
     print("refused")
 """
     environment = {**os.environ, "FUSEDMOE_CHECK": "1"}
+    if limit:
+        environment["FUSEDMOE_WORKSPACE_LIMIT"] = limit
     run = [sys.executable, "-c", code]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "refused\n", done.stderr

@@ -192,7 +192,7 @@ def fused_experts(
         shared_output: [T, H] dtype of hidden_states, added last, also to tokens whose slots are
             all dropped. None: nothing.
         no_combine: "weighted" or "unweighted": return the rows [T, k, H], not summed, scaled by
-            topk_weights or not.
+            topk_weights or not; routed_scaling_factor belongs to the sum and is not applied.
         expert_map: [num_global_experts] int32, global id -> local id, -1: not here. None: ids are
             local.
         expert_start: first global id held here, for a contiguous range of experts. Not together
