@@ -4,6 +4,7 @@
 #include "simd.h"
 #include "threads.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -54,6 +55,19 @@ static int64_t cache_bytes(void)
     return bytes > 0 ? bytes : (int64_t)1 << 20;
 }
 
+/* What does not change while the process lives; asking takes CPUID, which leaves a virtual machine. */
+static pthread_once_t machine_once = PTHREAD_ONCE_INIT;
+static struct {
+    int64_t cache_bytes;
+    char name[64];
+} machine;
+
+static void ask_machine(void)
+{
+    machine.cache_bytes = cache_bytes();
+    processor_name(machine.name, sizeof machine.name);
+}
+
 int moe_cpu_device_info(moe_device_info *info, moe_error *err)
 {
     /* Estimates for the plan's cost model, which must not wait for a measurement: a core streams some
@@ -61,14 +75,15 @@ int moe_cpu_device_info(moe_device_info *info, moe_error *err)
     static const double FLOPS_PER_US[MOE_SIMD_COUNT] = {12e3, 60e3, 90e3, 180e3};
     const moe_simd *simd = moe_get_simd();
     (void)err;
+    pthread_once(&machine_once, ask_machine);
     memset(info, 0, sizeof *info);
     info->backend = MOE_CPU;
     info->num_sms = moe_num_threads();
     info->capability = simd->level;
-    info->l2_bytes = cache_bytes();
+    info->l2_bytes = machine.cache_bytes;
     info->read_bytes_per_us = 20e3 * (info->num_sms < 20 ? info->num_sms : 20);
     info->flops_per_us = FLOPS_PER_US[simd->level] * info->num_sms;
-    processor_name(info->name, sizeof info->name);
+    memcpy(info->name, machine.name, sizeof machine.name);
     return MOE_OK;
 }
 
