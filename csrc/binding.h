@@ -96,6 +96,7 @@ typedef struct module_state {
      * loses one. Touched with the GIL held only, and copied out before it is released. */
     plan_entry plans[PLAN_SLOTS];
     unsigned plan_evictions;
+    int portable_kernels;    /* _portable_kernels: plans take no kernel made for one architecture */
     int64_t workspace_limit; /* FUSEDMOE_WORKSPACE_LIMIT or the default */
 } module_state;
 

@@ -403,6 +403,7 @@ static int plan_for_sizes(module_state *state, signature_id id, PyObject *const 
             !moe_cuda_device_info(0, &found, &ignored))
             info = found;
     }
+    if (state->portable_kernels) info.hopper = 0;
     return moe_make_plan(&problem, &info, plan, err);
 }
 
@@ -430,6 +431,18 @@ static PyObject *py_workspace_size(PyObject *module, PyObject *const *args, Py_s
     /* CPU allocators align to 16 or 64 bytes: room to start at a multiple of 256 */
     const int64_t room = plan.backend == MOE_CPU && plan.workspace.total > 0 ? MOE_ALIGNMENT : 0;
     return PyLong_FromLongLong(plan.workspace.total + room);
+}
+
+/* _portable_kernels(on): a private switch for benchmarks and tests, which measure these kernels on a GPU
+ * that has faster ones. */
+static PyObject *py_portable_kernels(PyObject *module, PyObject *on)
+{
+    module_state *state = PyModule_GetState(module);
+    const int portable = PyObject_IsTrue(on);
+    if (portable < 0) return NULL;
+    state->portable_kernels = portable;
+    memset(state->plans, 0, sizeof state->plans); /* made under the other setting */
+    return Py_NewRef(Py_None);
 }
 
 /* ---- devices and facts ----------------------------------------------------------------------- */
@@ -548,6 +561,8 @@ static PyMethodDef METHODS[] = {
     {"device_count", py_device_count, METH_NOARGS,
      "GPUs that the driver shows; RuntimeError without a driver."},
     {"info", py_info, METH_NOARGS, "Facts about this build and machine, as a dict."},
+    {"_portable_kernels", py_portable_kernels, METH_O,
+     "True: plans take no kernel made for one architecture alone, from now on."},
     {"_cpu_read_bandwidth", py_cpu_read_bandwidth, METH_NOARGS,
      "Bytes per second read from memory by all threads, measured now."},
     {0}};

@@ -130,6 +130,7 @@ typedef struct moe_device_info {
     int32_t device;
     int32_t num_sms;        /* threads on the CPU */
     int32_t capability;     /* 90 for sm_90; on the CPU the level of simd.h */
+    int32_t hopper;         /* 1: runs the kernels made for sm_90a */
     int32_t smem_per_block; /* bytes, opt-in maximum */
     int32_t smem_per_sm;    /* bytes */
     int64_t l2_bytes;
@@ -151,6 +152,7 @@ typedef struct moe_gemm_plan {
     int32_t grid_cols; /* column tiles: grid.x; grid.y is max_tiles */
     int32_t threads;
     int32_t smem_bytes;
+    int32_t max_blocks;      /* that walk over the tiles; 0: a thread block for each */
     double bytes, flops, us; /* expected */
 } moe_gemm_plan;
 

@@ -14,6 +14,7 @@
  *
  * The first weights are asked for before the wait for gate_up: that only reads tiles and sorted_token_ids,
  * which align wrote and gate_up had waited for before it let this grid start. */
+#include "down.cuh"
 #include "gemm_mma.cuh"
 
 // Phase 2 of the epilogue: a thread takes eight neighbouring columns of one row at a time.
@@ -22,40 +23,17 @@ static __device__ __forceinline__ void write_rows(const typename Gemm::shared &s
                                                   const typename Gemm::work &work,
                                                   const moe_down_args &args)
 {
-    using T = typename Gemm::T;
-    using element = typename T::element;
     constexpr int kRowGroups = Gemm::kCols / 8;
     for (int32_t item = threadIdx.x; item < work.num_rows * kRowGroups; item += Gemm::kThreads) {
         int32_t row = item / kRowGroups, group = item % kRowGroups;
         int32_t col = work.col_begin + group * 8;
-        int32_t count = min(8, args.hidden_size - col);
-        if (count <= 0) continue;
+        if (col >= args.hidden_size) continue;
         float4 low = Gemm::read_sums(smem, row, group * 8);
         float4 high = Gemm::read_sums(smem, row, group * 8 + 4);
         float z[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        if (args.w2_bias) {
-            int64_t base = work.expert * args.w2_bias_stride + col;
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-                if (i < count) z[i] += load_f32(args.w2_bias, base + i, args.w2_bias_dtype);
-        }
-        if (args.topk_weights) {
-            float weight = smem.row_weight[row];
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-                z[i] *= weight;
-        }
-        element *to = static_cast<element *>(args.rows) +
-                      (static_cast<int64_t>(work.row_begin) + row) * args.rows_stride + col;
-        if (Gemm::kVector && count == 8) {
-            *reinterpret_cast<uint4 *>(to) =
-                make_uint4(T::round2(z[0], z[1]), T::round2(z[2], z[3]), T::round2(z[4], z[5]),
-                           T::round2(z[6], z[7]));
-        } else {
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-                if (i < count) to[i] = T::round(z[i]);
-        }
+        write_outputs<typename Gemm::T, Gemm::kVector>(
+            z, int64_t{work.row_begin} + row, col, args.topk_weights ? smem.row_weight[row] : 1.0f,
+            work.expert, args);
     }
 }
 
@@ -73,11 +51,7 @@ static __device__ __forceinline__ void down(const moe_down_args &args)
         grid_launch_dependents();
         return;
     }
-    weight_rows rows;
-    rows.base = static_cast<const element *>(args.w2) + work.expert * args.w2_expert_stride;
-    rows.stride = args.w2_row_stride;
-    rows.num_cols = args.hidden_size;
-    rows.split = rows.gate_first = rows.up_first = 0;
+    weight_rows rows = down_rows<typename Gemm::T>(work.expert, args);
 
     int32_t slot = Gemm::load_slot(work, args);
     int32_t num_steps = (args.intermediate_size + Gemm::kTileK - 1) / Gemm::kTileK;
@@ -96,14 +70,16 @@ static __device__ __forceinline__ void down(const moe_down_args &args)
     write_rows<Gemm>(smem, work, args);
 }
 
-#define MOE_KERNEL_down(name, type, rows, cols, k, stages, wm, wn, wk, align)                      \
+#define MOE_KERNEL_sm80_down(name, type, rows, cols, k, stages, wm, wn, wk, align)                 \
     extern "C" __global__ void __launch_bounds__(MOE_GEMM_THREADS(wm, wn, wk), 1)                  \
         name(const __grid_constant__ moe_down_args args)                                           \
     {                                                                                              \
         down<gemm_mma<type, rows, cols, k, stages, wm, wn, wk, align == 16>>(args);                \
     }
-#define MOE_KERNEL_gate_up(...)
+#define MOE_KERNEL_sm80_gate_up(...)
+#define MOE_KERNEL_sm90a_gate_up(...)
+#define MOE_KERNEL_sm90a_down(...)
 #define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
                          stages, wm, wn, wk, cluster, align)                                       \
-    MOE_KERNEL_##stage(name, act, rows, cols, k, stages, wm, wn, wk, align)
+    MOE_KERNEL_##arch##_##stage(name, act, rows, cols, k, stages, wm, wn, wk, align)
 #include "gemm_variants.def"

@@ -23,6 +23,13 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void *global,
                  :: "r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
+// cp.async, "cp.async": the same, and L2 fetches 256 bytes where it has to ask memory.
+__device__ __forceinline__ void cp_async_16_wide(uint32_t shared, const void *global, uint32_t bytes)
+{
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;"
+                 :: "r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
 // cp.async.commit_group, "cp.async.commit_group": close this thread's group of copies.
 __device__ __forceinline__ void cp_async_commit()
 {

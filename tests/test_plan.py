@@ -6,6 +6,7 @@ from pathlib import Path
 import fusedmoe
 import numpy as np
 import pytest
+from fusedmoe import _C
 from fusedmoe.models import MODELS
 from support import BF16, NumpyBackend, make_layer, run_layer
 
@@ -31,6 +32,11 @@ def variants():
     return found
 
 
+def threads(v):
+    """Of a thread block: warps that multiply, and on Hopper four that only copy."""
+    return 32 * (v["wm"] * v["wn"] * v["wk"] + 4 * (v["arch"] == "sm90a"))
+
+
 def plan(*args, **kwargs):
     return fusedmoe.plan(*args, **{"num_sms": 132, **kwargs})
 
@@ -51,7 +57,8 @@ def test_names_say_what_the_rows_are():
     assert len({v["name"] for v in rows}) == len(rows)
     for v in rows:
         any_ = "_any" if v["align"] < 16 else ""
-        assert v["name"] == f"moe_{v['stage']}_{v['act']}_{v['rows']}x{v['cols']}{any_}"
+        arch = "" if v["arch"] == "sm80" else f"_{v['arch']}"
+        assert v["name"] == f"moe_{v['stage']}_{v['act']}_{v['rows']}x{v['cols']}{any_}{arch}"
 
 
 def test_info_lists_the_variants():
@@ -64,7 +71,7 @@ def test_variant_is_one_that_a_gpu_can_run(v):
     assert v["stage"] in ("gate_up", "down") and v["act"] in DTYPES
     assert v["rows"] % (16 * v["wm"]) == 0 and v["cols"] % (8 * v["wn"]) == 0
     assert v["k"] % (16 * v["wk"]) == 0
-    assert 32 * v["wm"] * v["wn"] * v["wk"] <= 1024
+    assert threads(v) <= 1024
     ring = v["stages"] * (v["rows"] + v["cols"]) * v["k"] * 2
     assert ring <= 227 * 1024
 
@@ -95,13 +102,37 @@ def chosen(**kwargs):
     return names
 
 
-def test_every_variant_is_chosen_somewhere():
-    """A row that no layer in use is planned with is dead weight in every wheel."""
+def all_chosen():
     names = set()
     for dtype in ("bfloat16", "float16"):
         for vector_bytes in (16, 2):
             names |= chosen(dtype=dtype, vector_bytes=vector_bytes)
-    assert {v["name"] for v in variants()} - names == set()
+    return names
+
+
+def portable_chosen():
+    """The same on a GPU that runs no kernel made for one architecture alone."""
+    _C._portable_kernels(True)
+    try:
+        return all_chosen()
+    finally:
+        _C._portable_kernels(False)
+
+
+def test_every_variant_is_chosen_somewhere():
+    """A row that no layer in use is planned with is dead weight in every wheel."""
+    assert {v["name"] for v in variants()} - all_chosen() - portable_chosen() == set()
+
+
+def test_portable_kernels_alone():
+    names = portable_chosen()
+    assert not [v["name"] for v in variants() if v["arch"] != "sm80" and v["name"] in names]
+
+
+def test_prefill_runs_on_wgmma():
+    """Thousands of rows an expert: the Hopper kernels, one thread block per SM."""
+    p = plan(16384, 4096, 1792, 8, 2)
+    assert p["gate_up"]["name"].endswith("sm90a") and p["down"]["name"].endswith("sm90a")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -124,7 +155,7 @@ def test_chosen_variants_can_do_the_job(dtype, vector_bytes, num_sms):
                     2 * model.intermediate_size if stage == "gate_up" else (model.hidden_size)
                 )
                 assert g["grid_cols"] == -(-weight_rows // v["cols"])
-                assert g["threads"] == 32 * v["wm"] * v["wn"] * v["wk"]
+                assert g["threads"] == threads(v)
                 assert 0 < g["smem_bytes"] <= 227 * 1024
             slots = p["chunk_tokens"] * model.topk
             # Enough tiles for the worst routing: every expert ends with a tile that is not full.

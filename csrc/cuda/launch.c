@@ -25,10 +25,12 @@ enum {
     KERNEL_FIRST_VARIANT /* rows of gemm_variants.def follow */
 };
 
-#define PARAMS_gate_up moe_gate_up_args
-#define PARAMS_down    moe_down_args
-#define ARCH_sm80      80
-#define ARCH_sm90a     90
+#define PARAMS_gate_up    moe_gate_up_args
+#define PARAMS_down       moe_down_args
+#define ARCH_sm80         80
+#define ARCH_sm90a        90
+#define FILE_sm80(stage)  stage /* the .cu file that instantiates the row */
+#define FILE_sm90a(stage) stage "_sm90a"
 
 static const moe_kernel_row KERNELS[] = {
     [KERNEL_ROUTE] = {"moe_route", "route", 0, 80, sizeof(moe_route_args)},
@@ -45,7 +47,7 @@ static const moe_kernel_row KERNELS[] = {
     [KERNEL_HOPPER_PROBE] = {"moe_hopper_probe", "hopper_probe", 0, 90, 0},
 #define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
                          stages, wm, wn, wk, cluster, align)                                       \
-    {#name, #stage, MOE_GEMM_SMEM_BYTES(rows, cols, k, stages), ARCH_##arch,                       \
+    {#name, FILE_##arch(#stage), MOE_GEMM_SMEM_BYTES(rows, cols, k, stages), ARCH_##arch,          \
      sizeof(PARAMS_##stage)},
 #include "../../kernels/gemm_variants.def"
 #undef MOE_GEMM_VARIANT
@@ -174,8 +176,9 @@ int moe_cuda_align_tiles(const moe_plan *plan, const moe_align_args *args, int d
 
 static geometry gemm_geometry(const moe_gemm_plan *gemm, int32_t max_tiles)
 {
-    const geometry g = {(int64_t)gemm->grid_cols * max_tiles, gemm->threads, gemm->smem_bytes,
-                        true};
+    int64_t blocks = (int64_t)gemm->grid_cols * max_tiles;
+    if (gemm->max_blocks > 0 && blocks > gemm->max_blocks) blocks = gemm->max_blocks;
+    const geometry g = {blocks, gemm->threads, gemm->smem_bytes, true};
     return g;
 }
 

@@ -1,0 +1,153 @@
+/* gate_up.cuh: what gate_up.cu and gate_up_sm90a.cu share: the activations, where w13's rows lie, and the
+ * epilogue of four neighbouring outputs of one row. */
+#ifndef MOE_GATE_UP_CUH
+#define MOE_GATE_UP_CUH
+
+#include "gemm_common.cuh"
+
+// x . sigmoid(c x). For x = -inf NaN, as the formula says; for very negative x minus zero.
+static __device__ __forceinline__ float swish(float x, float c)
+{
+    return __fdividef(x, 1.0f + __expf(-c * x));
+}
+
+// min and clamp that keep NaN.
+static __device__ __forceinline__ float at_most(float x, float limit)
+{
+    return x > limit ? limit : x;
+}
+
+static __device__ __forceinline__ float clamp(float x, float limit)
+{
+    return x > limit ? limit : x < -limit ? -limit : x;
+}
+
+// y = silu(g) u, with a limit before or after the product's first factor where there is one.
+static __device__ __forceinline__ void
+activate_silu(float (&y)[4], const float (&g)[4], const float (&u)[4], const moe_gate_up_args &args)
+{
+    float limit = args.activation_limit;
+    bool gated = args.gated, limited = limit > 0.0f;
+    bool before = limited && args.clamp == MOE_CLAMP_BEFORE;
+    bool after = limited && args.clamp == MOE_CLAMP_AFTER;
+    bool both = before || after;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        float f = swish(before ? at_most(g[i], limit) : g[i], 1.0f);
+        if (after) f = at_most(f, limit);
+        y[i] = gated ? f * (both ? clamp(u[i], limit) : u[i]) : f;
+    }
+}
+
+// y = f(g) u; u is 1 where not gated (swiglu_oai always is).
+static __device__ __forceinline__ void activate(float (&y)[4], const float (&g)[4],
+                                                const float (&u)[4], const moe_gate_up_args &args)
+{
+    float alpha = args.activation_alpha, limit = args.activation_limit;
+    bool gated = args.gated, limited = limit > 0.0f;
+    switch (args.activation) {
+    case MOE_ACT_SILU:
+        activate_silu(y, g, u, args);
+        break;
+    case MOE_ACT_GELU:
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            y[i] = 0.5f * g[i] * (1.0f + erff(g[i] * 0.70710678118654752f)) * u[i];
+        break;
+    case MOE_ACT_GELU_TANH:
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float inner = 0.79788456080286536f * (g[i] + 0.044715f * g[i] * g[i] * g[i]);
+            y[i] = 0.5f * g[i] * (1.0f + tanhf(inner)) * u[i];
+        }
+        break;
+    case MOE_ACT_RELU2:
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float positive = g[i] < 0.0f ? 0.0f : g[i];
+            y[i] = positive * positive * u[i];
+        }
+        break;
+    case MOE_ACT_SWIGLU_OAI:
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float x = limited ? at_most(g[i], limit) : g[i];
+            y[i] = swish(x, alpha) * ((limited ? clamp(u[i], limit) : u[i]) + 1.0f);
+        }
+        break;
+    default: // MOE_ACT_SITU
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            float up = gated && limited ? limit * tanhf(u[i] / limit) : u[i];
+            y[i] = alpha * tanhf(g[i] / alpha) * swish(1.0f, g[i]) * up;
+        }
+    }
+}
+
+// Columns of one expert's w13: (gate, up) of output i are columns 2 i, 2 i + 1 where gated.
+static __device__ __forceinline__ int32_t gate_up_cols(const moe_gate_up_args &args)
+{
+    return args.gated ? 2 * args.intermediate_size : args.intermediate_size;
+}
+
+template <class T>
+static __device__ __forceinline__ weight_rows gate_up_rows(int32_t expert,
+                                                           const moe_gate_up_args &args)
+{
+    int32_t size = args.intermediate_size;
+    weight_rows rows;
+    rows.base =
+        static_cast<const typename T::element *>(args.w13) + expert * args.w13_expert_stride;
+    rows.stride = args.w13_row_stride;
+    rows.num_cols = gate_up_cols(args);
+    rows.split = args.gated && args.w13_order != MOE_ORDER_INTERLEAVED ? size : 0;
+    rows.gate_first = args.w13_order == MOE_ORDER_UP_GATE ? size : 0;
+    rows.up_first = size - rows.gate_first;
+    return rows;
+}
+
+// Outputs out .. out + 3 of row `row` of intermediate, those below intermediate_size: bias, weight, activation, one
+// rounding. g, u: the sums (u: 1 where not gated). kVector: 8-byte aligned groups of four. kSilu: no other activation.
+template <class T, bool kVector, bool kSilu = false>
+static __device__ __forceinline__ void
+write_outputs(float (&g)[4], float (&u)[4], int64_t row, int32_t out, float weight, int32_t expert,
+              const weight_rows &rows, const moe_gate_up_args &args)
+{
+    using element = typename T::element;
+    int32_t gated = args.gated;
+    int32_t count = min(4, args.intermediate_size - out);
+    if (count <= 0) return;
+    if (args.w13_bias) {
+        int64_t base = expert * args.w13_bias_stride;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            if (i >= count) break;
+            int32_t col = gated ? 2 * (out + i) : out + i;
+            g[i] += load_f32(args.w13_bias, base + rows.row(col), args.w13_bias_dtype);
+            if (gated)
+                u[i] += load_f32(args.w13_bias, base + rows.row(col + 1), args.w13_bias_dtype);
+        }
+    }
+    if (args.topk_weights) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            g[i] *= weight;
+            if (gated) u[i] *= weight;
+        }
+    }
+    float y[4];
+    if constexpr (kSilu)
+        activate_silu(y, g, u, args);
+    else
+        activate(y, g, u, args);
+    element *to = static_cast<element *>(args.intermediate) + row * args.intermediate_stride + out;
+    if (kVector && count == 4) {
+        *reinterpret_cast<uint2 *>(to) = make_uint2(T::round2(y[0], y[1]), T::round2(y[2], y[3]));
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (i < count) to[i] = T::round(y[i]);
+    }
+}
+
+#endif
