@@ -75,7 +75,7 @@ class Point:
 
 
 def measure(layer, num_tokens, threads):
-    read_rate = layer.backend.read_bandwidth()
+    read_before = layer.backend.read_bandwidth()
     point = Point(layer, num_tokens)
     point.ours(0)
     report = layer.check(num_tokens, point.out)
@@ -93,6 +93,8 @@ def measure(layer, num_tokens, threads):
             taken.append((time.perf_counter() - start) * 1e6)
         i += 1
     ours, theirs = (sorted(taken[1:]) for taken in times.values())
+    # A shared machine's memory is now slow, now fast: the faster of two measurements counts.
+    read_rate = max(read_before, layer.backend.read_bandwidth())
     us = statistics.median(ours)
     rate = point.weight_bytes() / us / 1e3
     return {
