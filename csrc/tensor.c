@@ -222,6 +222,15 @@ int tensor_from_dltensor(const char *name, const DLTensor *dl, uint64_t flags, m
                         "with %d bits and %d lanes%s",
                         name, dl->dtype.code, dl->dtype.bits, dl->dtype.lanes,
                         dl->dtype.code == kDLComplex ? " (complex)" : "");
+    if (dl->ndim > 0 && dl->shape == NULL)
+        return moe_fail(err, MOE_ERROR_VALUE,
+                        "%s: expected a shape of %d extents, got a null pointer", name,
+                        (int)dl->ndim);
+    if (dl->byte_offset > UINTPTR_MAX - (uintptr_t)dl->data)
+        return moe_fail(err, MOE_ERROR_VALUE,
+                        "%s: expected memory inside the address space, got byte offset %" PRIu64
+                        ", which leaves it",
+                        name, dl->byte_offset);
     void *data = dl->data ? (char *)dl->data + dl->byte_offset : NULL;
     if (dtype == MOE_F4E2M1) {
         if (describe_fp4(name, data, dl, (flags & DLPACK_FLAG_BITMASK_IS_SUBBYTE_TYPE_PADDED) != 0,

@@ -523,6 +523,8 @@ def test_result_needs_a_framework(layer):
         (dict(ndim=9), ValueError),
         (dict(ndim=-1), ValueError),
         (dict(null_data=True), ValueError),
+        (dict(null_shape=True), ValueError),  # was read
+        (dict(before=-64), ValueError),  # a byte_offset of 2^64 - 64 came around to the tensor
         (dict(lanes=2), TypeError),
         (dict(code=producers.COMPLEX, bits=64), TypeError),
         (dict(code=99), TypeError),
