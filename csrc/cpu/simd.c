@@ -24,7 +24,7 @@ static int detect_level(void)
 static const moe_simd *const TABLES[MOE_SIMD_COUNT] = {&moe_simd_scalar, &moe_simd_avx2,
                                                        &moe_simd_avx512, &moe_simd_avx512_bf16};
 #else
-static int best_level(void)
+static int detect_level(void)
 {
     return MOE_SIMD_SCALAR;
 }
