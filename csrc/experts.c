@@ -341,9 +341,9 @@ static int fill(experts_object *self, module_state *state, PyObject *const *v, m
     if (parse_layer_options(state, kw, &self->options, &self->dtype, err)) return err->status;
     if (parse_int("max_tokens", v[EXPERTS_MAX_TOKENS], 0, &self->max_tokens, err))
         return err->status;
-    if (v[EXPERTS_MAX_TOKENS] != Py_None && self->max_tokens < 1)
-        return moe_fail(err, MOE_ERROR_VALUE,
-                        "max_tokens: expected None or at least 1, got %" PRId64, self->max_tokens);
+    if (v[EXPERTS_MAX_TOKENS] != Py_None && (self->max_tokens < 1 || self->max_tokens > INT32_MAX))
+        return moe_fail(err, MOE_ERROR_VALUE, "max_tokens: expected None or 1 .. %d, got %" PRId64,
+                        (int)INT32_MAX, self->max_tokens);
     if (own(state, kw[KW_EXPERT_MAP], "expert_map", MOE_DTYPE_NONE, &self->expert_map,
             &self->expert_map_hold, err))
         return err->status;

@@ -530,6 +530,7 @@ TABLE = [
     ("Experts", {"max_tokens": -1}, VALUE),
     ("Experts", {"max_tokens": "64"}, TYPE),
     ("Experts", {"max_tokens": 2**70}, VALUE),
+    ("Experts", {"max_tokens": 2**40}, VALUE),
     ("Experts", {"w13_scale": zeros(E, dtype=F32)}, NOT),
     ("Experts", {"batch_invariant": True}, NOT),
     ("Experts", {"shared_output": None}, TYPE),
