@@ -77,7 +77,11 @@ static int check_w13(const moe_tensor *w13, int32_t dtype, moe_error *err)
     moe_tensor_text(w13, got, sizeof got);
     if (w13->dtype != MOE_BF16 && w13->dtype != MOE_F16 && w13->dtype != MOE_F32)
         return moe_fail(err, MOE_ERROR_TYPE,
-                        "w13: expected dtype bfloat16, float16 or float32, got %s", got);
+                        "w13: expected dtype bfloat16, float16 or float32%s, got %s",
+                        w13->dtype == MOE_U16 || w13->dtype == MOE_I16
+                            ? ", or dtype='bfloat16' where integers hold such numbers"
+                            : "",
+                        got);
     if (dtype != MOE_DTYPE_NONE && w13->dtype != dtype)
         return moe_fail(err, MOE_ERROR_TYPE,
                         "w13: expected %s (dtype=) or integers of its width, got %s",
