@@ -522,6 +522,7 @@ static PyObject *py_info(PyObject *module, PyObject *ignored)
     int driver = 0;
     (void)module, (void)ignored;
     error_clear(&err);
+    moe_cpu_read_environment();
     if (moe_cpu_device_info(&cpu, &err)) return raise_error(&err);
     error_clear(&err);
     if (moe_cuda_driver_version(&driver, &err)) driver = 0;
@@ -537,6 +538,7 @@ static PyObject *py_cpu_read_bandwidth(PyObject *module, PyObject *ignored)
 {
     double bytes_per_us;
     (void)module, (void)ignored;
+    moe_cpu_read_environment();
     Py_BEGIN_ALLOW_THREADS
     bytes_per_us = moe_cpu_read_bandwidth();
     Py_END_ALLOW_THREADS

@@ -182,6 +182,11 @@ def test_plan(capsys):
         (["plan", "--model", "gpt5"], "model: expected one of qwen3_30b"),
         (["plan", "--tokens", "-1"], "num_tokens"),
         (["demo", "--model", "gpt5"], "model: expected one of"),
+        # went unseen until after the weights, or gave "every result is within its bound" of none
+        (["demo", "--tokens", ","], "tokens: expected numbers of at least 1"),
+        (["demo", "--tokens", "1,-1"], "tokens: expected numbers of at least 1"),
+        (["bench", "--tokens", "0"], "tokens: expected numbers of at least 1"),
+        (["bench", "--tokens", "x"], "tokens: expected numbers of at least 1"),
     ],
 )
 def test_wrong_commands(capsys, argv, text):

@@ -83,9 +83,9 @@ def _check(args):
 
 def _demo(args):
     from .demo import run
+    from .models import batch_sizes
 
-    tokens = [int(text) for text in args.tokens.split(",") if text]
-    return 0 if run(args.model, args.device, args.dtype, tokens) else 1
+    return 0 if run(args.model, args.device, args.dtype, batch_sizes(args.tokens)) else 1
 
 
 def _plan(args):
