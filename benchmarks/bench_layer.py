@@ -1,7 +1,8 @@
 """The whole layer after routing on this machine's GPU: 7 bf16 models x 15 batch sizes.
 
     python benchmarks/bench_layer.py                    all points -> results/<gpu>_layer.json
-    python benchmarks/bench_layer.py --case portable    the same -> results/<gpu>_portable.json
+    python benchmarks/bench_layer.py --case portable    the kernels that need no Hopper GPU
+                                                        -> results/<gpu>_portable.json
     python benchmarks/bench_layer.py --quick            one model, four batch sizes
 
 Protocol and records: fusedmoe/bench.py. `--chip-stream-us` puts into the file what this very chip

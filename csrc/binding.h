@@ -96,7 +96,8 @@ typedef struct module_state {
      * loses one. Touched with the GIL held only, and copied out before it is released. */
     plan_entry plans[PLAN_SLOTS];
     unsigned plan_evictions;
-    int portable_kernels;    /* _portable_kernels: plans take no kernel made for one architecture */
+    int portable_kernels;    /* _restrict_plans: no kernel made for one architecture alone */
+    int plan_tile_rows;      /* and only GEMM variants of this height; 0: all */
     int64_t workspace_limit; /* FUSEDMOE_WORKSPACE_LIMIT or the default */
 } module_state;
 
@@ -108,6 +109,13 @@ static inline void error_clear(moe_error *err)
     err->status = MOE_OK; /* not memset: the text is a kilobyte, and empty is enough */
     err->cuda_code = 0;
     err->text[0] = 0;
+}
+
+/* What _restrict_plans asked for. */
+static inline void restrict_plans(const module_state *state, moe_device_info *info)
+{
+    if (state->portable_kernels) info->hopper = 0;
+    info->tile_rows = state->plan_tile_rows;
 }
 
 /* ---- parse.c --------------------------------------------------------------------------------- */

@@ -134,7 +134,7 @@ int find_plan(module_state *state, const moe_problem *problem, moe_backend backe
     if (backend == MOE_CUDA ? moe_cuda_device_info(device, &info, err)
                             : moe_cpu_device_info(&info, err))
         return err->status;
-    if (state->portable_kernels) info.hopper = 0;
+    restrict_plans(state, &info);
     if (moe_make_plan(problem, &info, plan, err)) return err->status;
     if (memcmp(&plan->problem, problem, sizeof *problem) != 0)
         return MOE_OK; /* completed by the plan: not found again */

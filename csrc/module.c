@@ -403,7 +403,7 @@ static int plan_for_sizes(module_state *state, signature_id id, PyObject *const 
             !moe_cuda_device_info(0, &found, &ignored))
             info = found;
     }
-    if (state->portable_kernels) info.hopper = 0;
+    restrict_plans(state, &info);
     return moe_make_plan(&problem, &info, plan, err);
 }
 
@@ -433,14 +433,15 @@ static PyObject *py_workspace_size(PyObject *module, PyObject *const *args, Py_s
     return PyLong_FromLongLong(plan.workspace.total + room);
 }
 
-/* _portable_kernels(on): a private switch for benchmarks and tests, which measure these kernels on a GPU
- * that has faster ones. */
-static PyObject *py_portable_kernels(PyObject *module, PyObject *on)
+/* _restrict_plans(portable, tile_rows): a private switch for benchmarks and tests, which run kernels that
+ * the plan would not choose on this GPU or for layers so small. */
+static PyObject *py_restrict_plans(PyObject *module, PyObject *args)
 {
     module_state *state = PyModule_GetState(module);
-    const int portable = PyObject_IsTrue(on);
-    if (portable < 0) return NULL;
+    int portable = 0, tile_rows = 0;
+    if (!PyArg_ParseTuple(args, "pi:_restrict_plans", &portable, &tile_rows)) return NULL;
     state->portable_kernels = portable;
+    state->plan_tile_rows = tile_rows;
     memset(state->plans, 0, sizeof state->plans); /* made under the other setting */
     return Py_NewRef(Py_None);
 }
@@ -563,8 +564,8 @@ static PyMethodDef METHODS[] = {
     {"device_count", py_device_count, METH_NOARGS,
      "GPUs that the driver shows; RuntimeError without a driver."},
     {"info", py_info, METH_NOARGS, "Facts about this build and machine, as a dict."},
-    {"_portable_kernels", py_portable_kernels, METH_O,
-     "True: plans take no kernel made for one architecture alone, from now on."},
+    {"_restrict_plans", py_restrict_plans, METH_VARARGS,
+     "(portable, tile_rows): plans take no kernel made for one architecture; only this height."},
     {"_cpu_read_bandwidth", py_cpu_read_bandwidth, METH_NOARGS,
      "Bytes per second read from memory by all threads, measured now."},
     {0}};

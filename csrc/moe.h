@@ -131,6 +131,7 @@ typedef struct moe_device_info {
     int32_t num_sms;        /* threads on the CPU */
     int32_t capability;     /* 90 for sm_90; on the CPU the level of simd.h */
     int32_t hopper;         /* 1: runs the kernels made for sm_90a */
+    int32_t tile_rows;      /* tests: only variants of this height, where there are any; 0: all */
     int32_t smem_per_block; /* bytes, opt-in maximum */
     int32_t smem_per_sm;    /* bytes */
     int64_t l2_bytes;

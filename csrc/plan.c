@@ -323,12 +323,20 @@ static int choose_gemms(moe_plan *plan, const moe_device_info *d, const gemm_sha
 {
     const moe_problem *p = &plan->problem;
     double best = INFINITY;
+    bool chosen_height = false; /* device.tile_rows has variants for this problem */
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) { /* every tile height that some variant has */
         double up_us = 0, down_us = 0;
         int32_t rows = VARIANTS[i].rows;
         int32_t up_row = best_variant(MOE_OP_GATE_UP, rows, p, d, gate_up, &up_us);
         int32_t down_row = best_variant(MOE_OP_DOWN, rows, p, d, down, &down_us);
-        if (up_row < 0 || down_row < 0 || up_us + down_us >= best) continue;
+        if (up_row < 0 || down_row < 0) continue;
+        if (rows == d->tile_rows) {
+            if (!chosen_height) best = INFINITY;
+            chosen_height = true;
+        } else if (chosen_height) {
+            continue;
+        }
+        if (up_us + down_us >= best) continue;
         best = up_us + down_us;
         fill_gemm(&plan->gate_up, up_row, gate_up, d->num_sms, up_us);
         fill_gemm(&plan->down, down_row, down, d->num_sms, down_us);

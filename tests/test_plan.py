@@ -112,11 +112,11 @@ def all_chosen():
 
 def portable_chosen():
     """The same on a GPU that runs no kernel made for one architecture alone."""
-    _C._portable_kernels(True)
+    _C._restrict_plans(True, 0)
     try:
         return all_chosen()
     finally:
-        _C._portable_kernels(False)
+        _C._restrict_plans(False, 0)
 
 
 def test_every_variant_is_chosen_somewhere():
@@ -127,6 +127,21 @@ def test_every_variant_is_chosen_somewhere():
 def test_portable_kernels_alone():
     names = portable_chosen()
     assert not [v["name"] for v in variants() if v["arch"] != "sm80" and v["name"] in names]
+
+
+def test_plans_of_one_height():
+    """What tests/test_variants.py relies on."""
+    for rows in (16, 32, 64, 128):
+        for portable in (False, True):
+            _C._restrict_plans(portable, rows)
+            try:
+                p, odd = plan(40, 264, 136, 3, 2), plan(40, 37, 7, 3, 2)
+            finally:
+                _C._restrict_plans(False, 0)
+            assert p["tile_rows"] == rows and odd["tile_rows"] in (16, 64)
+            hopper = rows == 128 and not portable
+            assert p["gate_up"]["name"].endswith("_sm90a") == hopper
+            assert p["down"]["name"].endswith("_sm90a") == hopper
 
 
 def test_prefill_runs_on_wgmma():

@@ -333,8 +333,11 @@ def command_line():
 def run(backend, models, tokens, dtype="bf16", case="uniform", save=None):
     """Measures models x tokens and prints a line for each; returns the records.
 
+    case: "portable": only kernels that need no architecture of their own (the plan chooses among
+    these from now on); any other name: what the plan chooses.
     save: None, or a function that takes the records of one model when it is done.
     """
+    _C._restrict_plans(case == "portable", 0)
     read_rate, flops_rate = rates(backend)
     pool = ThreadPoolExecutor(4) if backend.name == "cuda" else None
     itemsize = generate.dtype_of(DTYPES[dtype]).itemsize

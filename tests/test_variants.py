@@ -1,0 +1,97 @@
+"""Every row of the table of GEMM variants on a GPU, against the oracle.
+
+The plan takes the large tiles for large layers only, which an oracle in float64 cannot follow; here
+plans are held to one tile height at a time, so that each variant meets small layers of every kind.
+"""
+
+import numpy as np
+import pytest
+from fusedmoe import _C, reference
+from support import BF16, F16, F32, check_layer, make_layer, padded, run_layer, same_bits
+from test_gate_up import ALL_ACTIVATIONS
+
+HEIGHTS = [(16, False), (32, False), (64, False), (128, True), (128, False)]
+
+
+@pytest.fixture(params=HEIGHTS, ids=lambda p: f"{p[0]}{'_portable' if p[1] else ''}")
+def variant(request, backend):
+    """The backend while plans have one tile height; on the CPU the same tests, once."""
+    rows, portable = request.param
+    if backend.name == "cpu" and rows != 16:
+        pytest.skip("no variants on the CPU")
+    _C._restrict_plans(portable, rows)
+    yield backend
+    _C._restrict_plans(False, 0)
+
+
+SIZES = [
+    # num_tokens, hidden_size, intermediate_size, num_experts, topk: multiples of 8 only
+    (1, 8, 8, 1, 1),
+    (40, 64, 128, 3, 2),  # one K step
+    (300, 72, 40, 2, 1),  # tiles of 128, 128 and some rows
+    (257, 520, 264, 3, 2),  # K and columns end inside a tile
+    (64, 2880, 136, 2, 1),  # more K steps than any ring has stages
+    (700, 136, 520, 3, 2),  # more tiles than SMs in down
+    (90, 264, 768, 40, 2),  # experts of few rows
+]
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_sizes(variant, seed, sizes, dtype):
+    check_layer(variant, make_layer(seed, *sizes, dtype))
+
+
+def test_many_tiles_per_block(variant, seed):
+    """Each block of a persistent grid walks over several tiles of one, two or three K steps."""
+    for hidden_size in (64, 128, 192):
+        check_layer(variant, make_layer(seed, 1500, hidden_size, 2304, 2, 1))
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("routing", ["same", "half", "dropped", "none", "duplicates"])
+def test_routings(variant, seed, routing):
+    layer = make_layer(seed, 150, 136, 72, 5, 3, routing=routing, w13_bias=F32, w2_bias=BF16)
+    check_layer(variant, layer)
+
+
+@pytest.mark.parametrize("activation, alpha, limit, clamp, gated", ALL_ACTIVATIONS)
+def test_activations(variant, seed, activation, alpha, limit, clamp, gated):
+    options = {"activation_alpha": alpha, "activation_limit": limit, "clamp": clamp}
+    layer = make_layer(seed, 70, 136, 168, 2, 2, activation=activation, gated=gated, **options)
+    check_layer(variant, layer)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("order", reference.ORDERS)
+@pytest.mark.parametrize("bias", [None, F32], ids=str)
+def test_orders_and_biases(variant, seed, order, bias):
+    layer = make_layer(
+        seed, 70, 136, 264, 2, 2, w13_order=order, w13_bias=bias, w2_bias=bias,
+        apply_router_weight_on_input=True,
+    )  # fmt: skip
+    check_layer(variant, layer)
+
+
+def test_no_combine_without_weights(variant, seed):
+    check_layer(variant, make_layer(seed, 70, 136, 264, 2, 2, no_combine="unweighted"))
+
+
+def test_padded_rows(variant, seed):
+    layer = make_layer(seed, 140, 136, 72, 2, 2)
+    more = {
+        name: padded(variant, getattr(layer, name), 8) for name in ("hidden_states", "w13", "w2")
+    }
+    check_layer(variant, layer, **more)
+
+
+def test_bad_token_touches_its_row_only(variant, seed):
+    layer = make_layer(seed, 140, 136, 72, 2, 1)
+    layer.hidden_states[77] = np.nan
+    check_layer(variant, layer)
+
+
+def test_same_bits_every_time(variant, seed):
+    layer = make_layer(seed, 400, 520, 264, 4, 2)
+    first = run_layer(variant, layer)
+    assert all(same_bits(run_layer(variant, layer), first) for _ in range(5))
