@@ -600,6 +600,7 @@ static int module_exec(PyObject *module)
     module_state *state = PyModule_GetState(module);
     moe_error err;
     error_clear(&err);
+    moe_cuda_read_environment();
     if (parse_init(state, &err) || tensor_context_init(&state->tensors, &err) ||
         read_workspace_limit(&state->workspace_limit, &err))
         goto failed;

@@ -371,3 +371,10 @@ def test_links_of_the_readme_lead_somewhere():
     text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "usage.md").read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / target).exists(), target
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_the_measurement(capsys):
+    """It once failed after the measurement."""
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--plot", "layer.txt"])
+    assert "--plot" in capsys.readouterr().err
