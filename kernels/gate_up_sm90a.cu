@@ -2,8 +2,7 @@
 /* gate_up_sm90a.cu: gate_up.cu with wgmma: the same arguments, formula and order of rounding (stage 3 of 5)
  * Grid   min(MOE_GEMM_GRID(max_tiles, 2 I (or I), cols), SMs) blocks that walk over the tiles
  * Needs  align == 16, as there; compute capability 9.0
- * Cost   from about a hundred rows an expert on math; the epilogue of one warpgroup falls into the
- *        math of the other */
+ * Cost   from about a hundred rows an expert on math, else the weights once for each tile of an expert */
 #include "gate_up.cuh"
 #include "gemm_wgmma.cuh"
 

@@ -8,7 +8,7 @@
  *        Chunk c of row r lies at chunk c ^ (r % 8), which is wgmma's 128-byte swizzle: no tensor maps,
  *        and the gathered token rows and the weights arrive in the same way.
  * Sums   of a thread: 2 rows, 8 runs of 8 neighbouring columns of each (column_of). The weight rows are put
- *        into the ring in the order that makes it so: results leave from registers, 16 bytes at a time.
+ *        into the ring in the order that makes it so: results leave from registers, 8 or 16 bytes at a time.
  * Tails  rows past the tile, weight rows past num_cols and K past its end are zeros in shared memory and
  *        are never read from global memory. A warpgroup whose 64 rows all lie past the tile does no math. */
 #ifndef MOE_GEMM_WGMMA_CUH
@@ -40,15 +40,14 @@ struct gemm_wgmma {
 
     static_assert(kTileK == 64, "a row of a stage is the 128 bytes of the swizzle");
     static_assert(kRows == 128 && kCols == 256, "two warpgroups of m64n256");
-    static_assert(kPassRows == 16, "column_of and copier: 16 rows a pass");
+    static_assert(kPassRows == 16, "copy_tile: 16 rows a pass");
 
     struct shared {
         alignas(1024) unsigned char token[kStages][kTokenBytes];
         alignas(1024) unsigned char weight[kStages][kWeightBytes];
-        alignas(
-            8) uint64_t landed[kStages]; // the copies of a stage: one arrival per producer thread
-        uint64_t read[kStages];          // its wgmma are done: one arrival per math warp
-        uint64_t ahead;                  // the first warpgroup is at step kStagger of a tile
+        // landed: the copies of a stage, one arrival per producer thread; read: its wgmma are done, one per math warp
+        alignas(8) uint64_t landed[kStages];
+        uint64_t read[kStages];
     };
     static_assert(sizeof(shared) <= MOE_GEMM_SMEM_BYTES(kRows, kCols, kTileK, kStages),
                   "the host launches with the size that its macro gives");
@@ -245,8 +244,8 @@ struct gemm_wgmma {
         __syncthreads();
     }
 
-    // problem: rows_of(expert) -> weight_rows; token_of(work, r) -> pointer to token row r < num_rows or NULL;
-    // write(work, rows, weights, sums). args, num_cols, k_size.
+    // All tiles of this block. Problem: rows_of(expert) -> weight_rows; token_row(work, r) -> pointer to token
+    // row r of the tile, NULL: zeros; write(work, sums, weight of this thread's two rows); args, num_cols, k_size.
     template <class Problem>
     static __device__ __forceinline__ void run(shared &smem, const Problem &problem)
     {

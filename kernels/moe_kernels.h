@@ -198,10 +198,11 @@ typedef struct moe_combine_args {
 
 /* Launch geometry of a row of gemm_variants.def. One dimension of thread blocks (a second one would end at 65535):
  * col_tiles = ceil(weight rows / cols) column tiles for each of max_tiles tiles; blocks past *num_tiles leave at once.
+ * Rows of sm90a: at most a block per SM, and MOE_GEMM_PRODUCERS_sm90a warps more.
  * Shared memory: the ring of token and weight rows, then 8 bytes for each row of the tile. */
 #define MOE_GEMM_THREADS(wm, wn, wk) (32 * (wm) * (wn) * (wk))
-#define MOE_GEMM_PRODUCERS_sm80  0 /* warps beside these that only copy */
-#define MOE_GEMM_PRODUCERS_sm90a 4
+#define MOE_GEMM_PRODUCERS_sm80      0 /* warps beside these that only copy */
+#define MOE_GEMM_PRODUCERS_sm90a     4
 #define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)                                                 \
     ((stages) * ((rows) + (cols)) * (k) * 2 + (rows) * 8)
 #define MOE_GEMM_GRID(max_tiles, weight_rows, cols)                                                \

@@ -9,7 +9,6 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "fatbins.h"
@@ -185,9 +184,7 @@ static int describe(const moe_driver *driver, CUdevice handle, int device, moe_d
         attribute(driver, handle, CU_DEVICE_ATTRIBUTE_CLOCK_RATE, &sm_khz, err))
         return err->status;
     info->capability = 10 * major + minor;
-    /* with this setting the driver takes no machine code, and there is no PTX for sm_90a */
-    const char *jit = getenv("CUDA_FORCE_PTX_JIT");
-    info->hopper = info->capability == 90 && !(jit && strcmp(jit, "0") != 0);
+    info->hopper = info->capability == 90 && !moe_cuda_ptx_only(); /* there is no PTX of these */
     info->l2_bytes = l2;
     /* double data rate; of the datasheet's rate about 0.96 is readable (4.65 of 4.8 TB/s on an H200) */
     info->read_bytes_per_us = 0.96 * 2.0 * memory_khz * 1e-3 * bus_bits / 8.0;

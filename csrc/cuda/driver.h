@@ -78,6 +78,8 @@ typedef struct moe_kernel_row {
     int param_bytes;    /* of its stage struct, checked against the code's; 0: none */
 } moe_kernel_row;
 
+/* CUDA_FORCE_PTX_JIT, as it was at import. */
+bool moe_cuda_ptx_only(void);
 const moe_kernel_row *moe_kernel_table(int *count);
 
 /* The driver, initialised; fails with a sentence where there is none, where it is too old, and in a child

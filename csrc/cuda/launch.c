@@ -70,7 +70,7 @@ typedef struct geometry {
     bool dependent; /* may start before the kernel in front of it has ended */
 } geometry;
 
-static atomic_bool synchronise_launches, leave_out_launches;
+static atomic_bool synchronise_launches, leave_out_launches, ptx_only;
 
 static bool is_one(const char *name)
 {
@@ -82,6 +82,13 @@ void moe_cuda_read_environment(void)
 {
     atomic_store_explicit(&synchronise_launches, is_one("FUSEDMOE_SYNC"), memory_order_relaxed);
     atomic_store_explicit(&leave_out_launches, is_one("FUSEDMOE_NO_LAUNCH"), memory_order_relaxed);
+    const char *jit = getenv("CUDA_FORCE_PTX_JIT"); /* the driver's: it takes no machine code */
+    atomic_store_explicit(&ptx_only, jit && *jit && strcmp(jit, "0") != 0, memory_order_relaxed);
+}
+
+bool moe_cuda_ptx_only(void)
+{
+    return atomic_load_explicit(&ptx_only, memory_order_relaxed);
 }
 
 /* FUSEDMOE_SYNC=1: waits for the kernel and names it where it failed; not while the stream is being captured. */
