@@ -31,7 +31,14 @@ void call_begin(call_frame *f, module_state *state, moe_operation operation, con
                              &c->sorted_token_ids,
                              &c->row_of_slot,
                              &c->intermediate,
-                             &c->rows};
+                             &c->rows,
+                             &c->correction_bias,
+                             &c->expert_scale,
+                             &c->num_token_non_padded,
+                             &c->routing_map,
+                             &c->replica_map,
+                             &c->tid2eid,
+                             &c->token_ids};
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; ++i) {
         tensor_absent(tensors[i]);
         tensors[i]->readonly = false;
@@ -304,7 +311,7 @@ static void shape_outputs(call_frame *f)
             shape_output(out, p->dtype, 3, p->num_tokens, p->topk, p->hidden_size);
         break;
     case MOE_OP_ROUTE: /* out[1].dtype is ids_dtype already */
-        shape_output(&out[0], MOE_F32, 2, p->num_tokens, p->topk, 0);
+        shape_output(&out[0], f->call.options.weights_dtype, 2, p->num_tokens, p->topk, 0);
         shape_output(&out[1], out[1].dtype, 2, p->num_tokens, p->topk, 0);
         break;
     case MOE_OP_ALIGN:

@@ -101,10 +101,13 @@ done:
     return call_finish(&f, stream);
 }
 
-/* topk and routing_scale of fused_moe and route */
-static int parse_routing(call_frame *f, PyObject *topk, PyObject *method, PyObject *scale)
+/* v: topk, method, routing_scale, knobs of fused_moe and route. Tensors are imported after the
+ * prototype. */
+static int parse_routing(call_frame *f, PyObject *const *v)
 {
+    PyObject *topk = v[0], *method = v[1], *scale = v[2];
     moe_options *o = &f->call.options;
+    if (parse_routing_knobs(f->state, v[3], o, &f->err)) return f->err.status;
     if (parse_count("topk", topk, &o->topk, &f->err) ||
         parse_method(f->state, method, &o->method, &f->err) ||
         parse_double("routing_scale", scale, 1.0, &o->routing_scale, &f->err))
@@ -113,6 +116,27 @@ static int parse_routing(call_frame *f, PyObject *topk, PyObject *method, PyObje
         return moe_fail(&f->err, MOE_ERROR_VALUE,
                         "routing_scale: expected a finite number (float32), got %g",
                         o->routing_scale);
+    return MOE_OK;
+}
+
+static int import_routing(call_frame *f, PyObject *knobs)
+{
+    moe_call *c = &f->call;
+    const struct {
+        const char *name;
+        moe_tensor *tensor;
+    } ROUTING_TENSORS[] = {{"correction_bias", &c->correction_bias},
+                           {"expert_scale", &c->expert_scale},
+                           {"num_token_non_padded", &c->num_token_non_padded},
+                           {"expert_map", &c->routing_map},
+                           {"replica_map", &c->replica_map},
+                           {"tid2eid", &c->tid2eid},
+                           {"token_ids", &c->token_ids}};
+    if (knobs == Py_None) return MOE_OK;
+    for (int i = 0; i < NUM_ROUTING_KNOBS - KNOB_FIRST_TENSOR; ++i)
+        if (call_tensor(f, PyTuple_GetItem(knobs, KNOB_FIRST_TENSOR + i), ROUTING_TENSORS[i].name,
+                        ROUTING_TENSORS[i].tensor))
+            return f->err.status;
     return MOE_OK;
 }
 
@@ -127,14 +151,15 @@ static PyObject *py_fused_moe(PyObject *module, PyObject *const *args, Py_ssize_
     PyObject *const *v =
         parse_arguments(state, SIG_FUSED_MOE, args, nargs, kwnames, values, &f.err);
     if (v == NULL) goto done;
-    PyObject *const *kw = v + 7;
+    PyObject *const *kw = v + 8;
     stream = kw[KW_STREAM];
     if (parse_layer_options(state, kw, &c->options, &f.dtype, &f.err)) goto done;
-    if (parse_routing(&f, v[4], v[5], v[6])) goto done;
+    if (parse_routing(&f, v + 4)) goto done;
     if (call_prototype(&f, v[0], "hidden_states", &c->hidden_states)) goto done;
     if (call_numbers(&f, v[1], "w13", &c->w13)) goto done;
     if (call_numbers(&f, v[2], "w2", &c->w2)) goto done;
     if (call_tensor(&f, v[3], "router_logits", &c->router_logits)) goto done;
+    if (import_routing(&f, v[7])) goto done;
     if (import_layer_keywords(&f, kw)) goto done;
 done:
     return call_finish(&f, stream);
@@ -153,14 +178,15 @@ static PyObject *py_route(PyObject *module, PyObject *const *args, Py_ssize_t na
     moe_call *c = &f.call;
     PyObject *const *v = parse_arguments(state, SIG_ROUTE, args, nargs, kwnames, values, &f.err);
     if (v == NULL) goto done;
-    stream = v[7];
-    if (parse_routing(&f, v[1], v[2], v[3])) goto done;
-    if (parse_ids_dtype(state, v[4], &ids_dtype, &f.err)) goto done;
+    stream = v[8];
+    if (parse_routing(&f, v + 1)) goto done;
+    if (parse_ids_dtype(state, v[5], &ids_dtype, &f.err)) goto done;
     if (call_prototype(&f, v[0], "router_logits", &c->router_logits)) goto done;
-    if (call_tensor(&f, v[5], "out_weights", &c->topk_weights)) goto done;
-    if (call_tensor(&f, v[6], "out_ids", &c->topk_ids)) goto done;
-    call_output_add(&f, "out_weights", v[5], &c->topk_weights);
-    call_output_add(&f, "out_ids", v[6], &c->topk_ids);
+    if (import_routing(&f, v[4])) goto done;
+    if (call_tensor(&f, v[6], "out_weights", &c->topk_weights)) goto done;
+    if (call_tensor(&f, v[7], "out_ids", &c->topk_ids)) goto done;
+    call_output_add(&f, "out_weights", v[6], &c->topk_weights);
+    call_output_add(&f, "out_ids", v[7], &c->topk_ids);
     f.outputs[1].dtype = ids_dtype;
 done:
     return call_finish(&f, stream);
@@ -530,6 +556,21 @@ static PyObject *py_cpu_read_bandwidth(PyObject *module, PyObject *ignored)
     return PyFloat_FromDouble(bytes_per_us * 1e6);
 }
 
+/* {method: (score, key, bias, groups, ids, renormalize)}, the rows of route_methods.def */
+static PyObject *py_routing_methods(PyObject *module, PyObject *ignored)
+{
+    PyObject *methods = PyDict_New();
+    (void)module, (void)ignored;
+    for (int i = 0; methods && i < MOE_ROUTE_COUNT; ++i) {
+        const moe_route_method *m = &moe_route_methods[i];
+        PyObject *row =
+            Py_BuildValue("iiiiii", m->score, m->key, m->bias, m->groups, m->ids, m->renormalize);
+        if (row == NULL || PyDict_SetItemString(methods, m->name, row)) Py_CLEAR(methods);
+        Py_XDECREF(row);
+    }
+    return methods;
+}
+
 /* ---- the module ------------------------------------------------------------------------------ */
 
 #define FAST(function) (PyCFunction)(void (*)(void))(function), METH_FASTCALL | METH_KEYWORDS
@@ -548,6 +589,8 @@ static PyMethodDef METHODS[] = {
     {"device_count", py_device_count, METH_NOARGS,
      "GPUs that the driver shows; RuntimeError without a driver."},
     {"info", py_info, METH_NOARGS, "Facts about this build and machine, as a dict."},
+    {"_routing_methods", py_routing_methods, METH_NOARGS,
+     "The knobs of the routing methods, by name; see fusedmoe.routing."},
     {"_cpu_read_bandwidth", py_cpu_read_bandwidth, METH_NOARGS,
      "Bytes per second read from memory by all threads, measured now."},
     {0}};

@@ -84,11 +84,24 @@ typedef struct moe_options {
     double activation_alpha, activation_limit;
     double routed_scaling_factor;
     int64_t expert_start;
-    /* route */
-    int32_t method; /* MOE_ROUTE_* */
-    int64_t topk;
-    double routing_scale; /* multiplies the weights of route (fused_moe, route); 1 by default */
+    /* route (fused_moe, route) */
+    int32_t method;       /* MOE_ROUTE_* */
+    int64_t topk;         /* routed experts of a token; slots are these and num_shared more */
+    double routing_scale; /* multiplies the weights; 1 by default */
+    int32_t renormalize;  /* 0, 1, or -1: what the method says */
+    int32_t shared;       /* MOE_SHARED_*, where num_shared > 0 */
+    int32_t weights_dtype;
+    int64_t num_shared, num_zero_experts, num_groups, topk_groups;
+    double shared_weight, softcap; /* softcap 0: none */
 } moe_options;
+
+/* The knobs of a routing method: a row of route_methods.def. */
+typedef struct moe_route_method {
+    const char *name;
+    int32_t score, key, bias, groups, ids, renormalize;
+} moe_route_method;
+
+extern const moe_route_method moe_route_methods[MOE_ROUTE_COUNT]; /* dtype.c */
 
 /* One call as the user gave it. */
 typedef struct moe_call {
@@ -99,6 +112,9 @@ typedef struct moe_call {
     moe_tensor out, workspace;
     /* stages alone */
     moe_tensor expert_offsets, sorted_token_ids, row_of_slot, intermediate, rows;
+    /* what routing reads beside the logits */
+    moe_tensor correction_bias, expert_scale, num_token_non_padded, routing_map, replica_map;
+    moe_tensor tid2eid, token_ids;
     moe_options options;
     int64_t num_experts; /* align alone */
 } moe_call;

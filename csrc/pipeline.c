@@ -76,19 +76,67 @@ static moe_route_args route_args(const run *r, int64_t first_token, int64_t num_
     const moe_tensor *logits = &r->call->router_logits;
     const moe_problem *p = &r->plan->problem;
     moe_route_args a;
+    const moe_call *c = r->call;
+    const moe_options *o = &c->options;
+    const moe_route_method *method = &moe_route_methods[o->method];
     memset(&a, 0, sizeof a);
     a.router_logits = offset(logits, first_token * row_stride(logits));
     a.logits_stride = row_stride(logits);
+    a.correction_bias = offset(&c->correction_bias, 0);
+    a.bias_dtype = c->correction_bias.dtype;
+    a.expert_scale = offset(&c->expert_scale, 0);
+    a.num_token_non_padded = offset(&c->num_token_non_padded, 0);
+    if (tensor_present(&c->replica_map)) {
+        a.replica_map = c->replica_map.data;
+        a.replica_stride = row_stride(&c->replica_map);
+        a.num_replicas = (int32_t)c->replica_map.shape[1];
+    }
+    if (tensor_present(&c->routing_map)) {
+        a.expert_map = c->routing_map.data;
+        a.expert_map_size = c->routing_map.shape[0];
+    }
+    if (tensor_present(&c->tid2eid)) {
+        a.tid2eid = c->tid2eid.data;
+        a.tid_dtype = c->tid2eid.dtype;
+        a.tid_stride = row_stride(&c->tid2eid);
+        a.tid_rows = c->tid2eid.shape[0];
+        a.token_ids = offset(&c->token_ids, first_token);
+        a.token_ids_dtype = c->token_ids.dtype;
+        if (a.token_ids == NULL && a.tid_stride) { /* a row for each token */
+            a.tid2eid = offset(&c->tid2eid, first_token * a.tid_stride);
+            a.tid_rows -= first_token;
+        }
+    }
     a.topk_weights = part(r, r->plan->workspace.topk_weights);
     a.topk_ids = part(r, r->plan->workspace.topk_ids);
     a.weights_stride = a.ids_stride = p->topk;
     a.num_tokens = num_tokens;
+    a.first_token = first_token;
     a.num_experts = p->router_experts;
-    a.topk = p->topk;
+    a.num_slots = p->topk;
+    a.topk = (int32_t)o->topk;
+    a.num_zero_experts = (int32_t)o->num_zero_experts;
+    a.num_groups = (int32_t)o->num_groups;
+    a.topk_groups = (int32_t)o->topk_groups;
     a.logits_dtype = logits->dtype;
+    a.weights_dtype = MOE_F32;
     a.ids_dtype = MOE_I32;
-    a.method = r->call->options.method;
-    a.scale = (float)r->call->options.routing_scale;
+    a.method = o->method;
+    a.score = method->score;
+    a.key = method->key;
+    a.bias = method->bias;
+    a.groups = method->groups;
+    a.ids = method->ids;
+    a.renormalize = o->renormalize >= 0 ? o->renormalize : method->renormalize % 2;
+    a.shared = o->shared;
+    a.shared_weight = (float)o->shared_weight;
+    a.softcap = (float)o->softcap;
+    a.scale = (float)o->routing_scale;
+    a.general = !(method->score == MOE_SCORE_SOFTMAX && method->key == MOE_KEY_LOGIT &&
+                  method->bias == MOE_BIAS_NONE && method->groups == MOE_GROUPS_NONE &&
+                  method->ids == MOE_IDS_LARGEST) ||
+                a.num_slots > a.topk || a.num_zero_experts || o->softcap != 0 || a.expert_scale ||
+                a.num_token_non_padded || a.replica_map || a.expert_map;
     return a;
 }
 
@@ -312,6 +360,8 @@ static int run_route_alone(const run *r)
     a.topk_ids = c->topk_ids.data;
     a.ids_stride = row_stride(&c->topk_ids);
     a.ids_dtype = c->topk_ids.dtype;
+    a.weights_dtype = c->topk_weights.dtype;
+    a.general |= a.weights_dtype != MOE_F32;
     return run_route(r, &a);
 }
 

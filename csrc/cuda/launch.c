@@ -12,6 +12,7 @@
 
 enum {
     KERNEL_ROUTE = 0,
+    KERNEL_ROUTE_GENERAL,
     KERNEL_ALIGN_ONE,
     KERNEL_ALIGN_COUNT,
     KERNEL_ALIGN_SCAN,
@@ -32,6 +33,7 @@ enum {
 
 static const moe_kernel_row KERNELS[] = {
     [KERNEL_ROUTE] = {"moe_route", "route", 0, 80, sizeof(moe_route_args)},
+    [KERNEL_ROUTE_GENERAL] = {"moe_route_general", "route", 0, 80, sizeof(moe_route_args)},
     [KERNEL_ALIGN_ONE] = {"moe_align_one", "align", 0, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_COUNT] = {"moe_align_count", "align", 0, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_SCAN] = {"moe_align_scan", "align", 0, 80, sizeof(moe_align_args)},
@@ -148,7 +150,7 @@ int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device,
     (void)plan;
     moe_route_args a = *args;
     const geometry g = {ceil_div(a.num_tokens, MOE_ROUTE_THREADS / 32), MOE_ROUTE_THREADS, 0, true};
-    return launch(KERNEL_ROUTE, &g, &a, device, stream, err);
+    return launch(a.general ? KERNEL_ROUTE_GENERAL : KERNEL_ROUTE, &g, &a, device, stream, err);
 }
 
 int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device, void *stream,

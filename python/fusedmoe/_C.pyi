@@ -19,7 +19,7 @@ _Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai", "situ"
 _Clamp = Literal["after", "before"]
 _Order = Literal["gate_up", "up_gate", "interleaved"]
 _NoCombine = Literal[False, "weighted", "unweighted"]
-_Method = Literal["softmax_topk", "topk_softmax"]
+_Method = str  # a row of kernels/route_methods.def
 _DType = Literal["bfloat16", "float16", "float32"]  # how 16-bit integer tensors are read
 
 def fused_experts(
@@ -64,6 +64,7 @@ def fused_moe(
     topk: int,
     method: _Method | None = "softmax_topk",
     routing_scale: float | None = None,
+    knobs: tuple | None = None,
     quant: None = None,
     w13_scale: None = None,
     w2_scale: None = None,
@@ -97,6 +98,7 @@ def route(
     topk: int,
     method: _Method | None = "softmax_topk",
     routing_scale: float | None = None,
+    knobs: tuple | None = None,
     ids_dtype: Literal["int32", "int64"] | None = "int32",
     out_weights: _Tensor | None = None,
     out_ids: _Tensor | None = None,
@@ -259,6 +261,9 @@ def workspace_size(
 def load(device: int | None = 0) -> None: ...
 def info() -> dict[str, Any]: ...
 def device_count() -> int: ...
+def _routing_methods() -> dict[str, tuple[int, int, int, int, int, int]]:
+    """{method: (score, key, bias, groups, ids, renormalize)}, numbers of moe_kernels.h."""
+
 def _cpu_read_bandwidth() -> float:
     """Bytes per second that all threads read from memory, measured now."""
 

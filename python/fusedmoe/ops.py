@@ -65,9 +65,10 @@ def fused_moe(
 
     Args:
         router_logits: [num_tokens, num_router_experts] float32, bfloat16 or float16.
-            num_router_experts is at most 1024; it is num_experts, or the number of global experts
-            where expert_map or expert_start is given. Not written.
-        routing: a `Routing`.
+            num_router_experts is at most 1024; it is num_experts (less the shared experts of
+            routing, which are the last), or the number of global experts where expert_map or
+            expert_start is given, here or in routing. Not written.
+        routing: a `Routing`. Its weights_dtype is not used: inside the layer they are float32.
         All others: as `fused_experts`.
 
     Returns:
@@ -83,8 +84,9 @@ def fused_moe(
         w2,
         router_logits,
         routing.topk,
-        routing.kernel_method,
+        routing.method,
         routing.routed_scaling_factor,
+        routing.knobs,
         quant,
         w13_scale,
         w2_scale,
@@ -254,21 +256,25 @@ def fused_experts(
 def route(router_logits, routing, *, out_weights=None, out_ids=None, stream=None):
     """Stage 1: the experts of each token and their weights.
 
-        p = softmax(router_logits[t]);  topk_ids[t] = the topk largest of p, ties to the lower id
-        topk_weights[t] = routing.routed_scaling_factor * p[topk_ids[t]] (/ their sum, renormalised)
+        x = router_logits[t];  s = score(x);  key = x or s, + correction_bias
+        topk_ids[t] = the topk largest keys, ties to the lower id
+        topk_weights[t] = routing.routed_scaling_factor * s[topk_ids[t]] (/ their sum, renormalised)
 
-    A row with a NaN still gives distinct ids in range.
+    The method of `routing` says which score and which key (docs/routing.md). Any bit pattern gives
+    distinct ids in range and finite weights.
 
     Args:
         router_logits: [num_tokens, num_experts] float32, bfloat16 or float16, num_experts at most
-            1024. Not written.
-        routing: a `Routing`.
-        out_weights: [num_tokens, topk] float32, written. None: allocated.
-        out_ids: [num_tokens, topk] int32 or int64, written. None: allocated as routing.ids_dtype.
+            1024; gates of shared experts are further columns. Not written.
+        routing: a `Routing`; its tensors are on the device of router_logits.
+        out_weights: [num_tokens, routing.num_slots] float32, bfloat16 or float16, written. None:
+            allocated as routing.weights_dtype.
+        out_ids: [num_tokens, routing.num_slots] int32 or int64, written. None: allocated as
+            routing.ids_dtype.
         stream: as `fused_experts`.
 
     Returns:
-        (topk_weights, topk_ids), in falling order of weight.
+        (topk_weights, topk_ids), in falling order of the keys, shared experts last.
 
     Oracle: reference.route.
     """
@@ -277,8 +283,9 @@ def route(router_logits, routing, *, out_weights=None, out_ids=None, stream=None
     return _C.route(
         router_logits,
         routing.topk,
-        routing.kernel_method,
+        routing.method,
         routing.routed_scaling_factor,
+        routing.knobs,
         routing.ids_dtype,
         out_weights,
         out_ids,
