@@ -27,6 +27,8 @@ _WHERE = {
     "load": "ops",
     "Experts": "experts",
     "Routing": "routing",
+    "routing_config": "presets",
+    "from_hf_config": "presets",
     "info": "diagnostics",
     "check": "diagnostics",
 }
