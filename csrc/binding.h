@@ -59,6 +59,8 @@ typedef enum signature_id {
     SIG_FUSED_MOE,
     SIG_ROUTE,
     SIG_ALIGN,
+    SIG_ALIGN_BLOCK,
+    SIG_COUNT_TOKENS,
     SIG_GATE_UP,
     SIG_DOWN,
     SIG_COMBINE,

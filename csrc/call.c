@@ -38,7 +38,10 @@ void call_begin(call_frame *f, module_state *state, moe_operation operation, con
                              &c->routing_map,
                              &c->replica_map,
                              &c->tid2eid,
-                             &c->token_ids};
+                             &c->token_ids,
+                             &c->expert_ids,
+                             &c->num_tokens_post_padded,
+                             &c->counts};
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; ++i) {
         tensor_absent(tensors[i]);
         tensors[i]->readonly = false;
@@ -50,6 +53,8 @@ void call_begin(call_frame *f, module_state *state, moe_operation operation, con
     c->operation = operation;
     c->function = function;
     c->num_experts = 0;
+    c->block_size = 0;
+    c->fill = 1;
     default_options(&c->options);
     f->state = state;
     f->holds.count = 0;
@@ -318,6 +323,16 @@ static void shape_outputs(call_frame *f)
         shape_output(&out[0], MOE_I32, 1, p->num_experts + 1, 0, 0);
         shape_output(&out[1], MOE_I32, 1, slots, 0, 0);
         shape_output(&out[2], MOE_I32, 2, p->num_tokens, p->topk, 0);
+        break;
+    case MOE_OP_ALIGN_BLOCK:
+        if (f->call.block_size == 0) {
+            shape_output(out, MOE_I32, 1, p->num_experts, 0, 0);
+            break;
+        }
+        shape_output(&out[0], MOE_I32, 1,
+                     moe_padded_rows(slots, p->num_experts, f->call.block_size), 0, 0);
+        shape_output(&out[1], MOE_I32, 1, out[0].shape[0] / f->call.block_size, 0, 0);
+        shape_output(&out[2], MOE_I32, 1, 1, 0, 0);
         break;
     case MOE_OP_GATE_UP:
         shape_output(out, p->dtype, 2, slots, p->intermediate_size, 0);

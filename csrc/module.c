@@ -219,6 +219,60 @@ done:
     return call_finish(&f, stream);
 }
 
+static PyObject *py_align_block_size(PyObject *module, PyObject *const *args, Py_ssize_t nargs,
+                                     PyObject *kwnames)
+{
+    module_state *state = PyModule_GetState(module);
+    PyObject *values[MAX_PARAMETERS], *stream = Py_None;
+    call_frame f;
+    call_begin(&f, state, MOE_OP_ALIGN_BLOCK, "align_block_size");
+    moe_call *c = &f.call;
+    PyObject *const *v =
+        parse_arguments(state, SIG_ALIGN_BLOCK, args, nargs, kwnames, values, &f.err);
+    if (v == NULL) goto done;
+    stream = v[10];
+    c->options.has_expert_start = v[4] != Py_None;
+    if (parse_count("block_size", v[1], &c->block_size, &f.err)) goto done;
+    if (parse_count("num_experts", v[2], &c->num_experts, &f.err)) goto done;
+    if (parse_int("expert_start", v[4], 0, &c->options.expert_start, &f.err)) goto done;
+    if (parse_bool("pad", v[5], 1, &c->fill, &f.err)) goto done;
+    if (call_prototype(&f, v[0], "topk_ids", &c->topk_ids)) goto done;
+    if (call_tensor(&f, v[3], "expert_map", &c->expert_map)) goto done;
+    if (call_tensor(&f, v[6], "out_sorted_token_ids", &c->sorted_token_ids)) goto done;
+    if (call_tensor(&f, v[7], "out_expert_ids", &c->expert_ids)) goto done;
+    if (call_tensor(&f, v[8], "out_num_tokens_post_padded", &c->num_tokens_post_padded)) goto done;
+    if (call_tensor(&f, v[9], "workspace", &c->workspace)) goto done;
+    call_output_add(&f, "out_sorted_token_ids", v[6], &c->sorted_token_ids);
+    call_output_add(&f, "out_expert_ids", v[7], &c->expert_ids);
+    call_output_add(&f, "out_num_tokens_post_padded", v[8], &c->num_tokens_post_padded);
+done:
+    return call_finish(&f, stream);
+}
+
+static PyObject *py_count_tokens(PyObject *module, PyObject *const *args, Py_ssize_t nargs,
+                                 PyObject *kwnames)
+{
+    module_state *state = PyModule_GetState(module);
+    PyObject *values[MAX_PARAMETERS], *stream = Py_None;
+    call_frame f;
+    call_begin(&f, state, MOE_OP_ALIGN_BLOCK, "count_tokens_per_expert");
+    moe_call *c = &f.call;
+    PyObject *const *v =
+        parse_arguments(state, SIG_COUNT_TOKENS, args, nargs, kwnames, values, &f.err);
+    if (v == NULL) goto done;
+    stream = v[6];
+    c->options.has_expert_start = v[3] != Py_None;
+    if (parse_count("num_experts", v[1], &c->num_experts, &f.err)) goto done;
+    if (parse_int("expert_start", v[3], 0, &c->options.expert_start, &f.err)) goto done;
+    if (call_prototype(&f, v[0], "topk_ids", &c->topk_ids)) goto done;
+    if (call_tensor(&f, v[2], "expert_map", &c->expert_map)) goto done;
+    if (call_tensor(&f, v[4], "out", &c->counts)) goto done;
+    if (call_tensor(&f, v[5], "workspace", &c->workspace)) goto done;
+    call_output_add(&f, "out", v[4], &c->counts);
+done:
+    return call_finish(&f, stream);
+}
+
 static PyObject *py_gate_up(PyObject *module, PyObject *const *args, Py_ssize_t nargs,
                             PyObject *kwnames)
 {
@@ -580,6 +634,8 @@ static PyMethodDef METHODS[] = {
     {"fused_moe", FAST(py_fused_moe), "Routing and the layer; see fusedmoe.fused_moe."},
     {"route", FAST(py_route), "Stage 1; see fusedmoe.route."},
     {"align", FAST(py_align), "Stage 2; see fusedmoe.align."},
+    {"align_block_size", FAST(py_align_block_size), "See fusedmoe.align_block_size."},
+    {"count_tokens_per_expert", FAST(py_count_tokens), "See fusedmoe.count_tokens_per_expert."},
     {"gate_up", FAST(py_gate_up), "Stage 3; see fusedmoe.gate_up."},
     {"down", FAST(py_down), "Stage 4; see fusedmoe.down."},
     {"combine", FAST(py_combine), "Stage 5; see fusedmoe.combine."},

@@ -63,6 +63,7 @@ typedef enum moe_operation {
     MOE_OP_FUSED_MOE,
     MOE_OP_ROUTE,
     MOE_OP_ALIGN,
+    MOE_OP_ALIGN_BLOCK, /* align, then padded to blocks or counted */
     MOE_OP_GATE_UP,
     MOE_OP_DOWN,
     MOE_OP_COMBINE
@@ -116,7 +117,12 @@ typedef struct moe_call {
     moe_tensor correction_bias, expert_scale, num_token_non_padded, routing_map, replica_map;
     moe_tensor tid2eid, token_ids;
     moe_options options;
-    int64_t num_experts; /* align alone */
+    /* align alone */
+    int64_t num_experts;
+    /* align_block_size, count_tokens_per_expert: sorted_token_ids padded, and these */
+    moe_tensor expert_ids, num_tokens_post_padded, counts;
+    int64_t block_size; /* 0: counts alone */
+    int32_t fill;
 } moe_call;
 
 /* The sizes of a layer and nothing else: the key of the plan cache, compared with memcmp (zero it first). */
@@ -191,6 +197,8 @@ typedef struct moe_plan {
 
 /* validate.c: every check a call's tensors and scalars need; fills problem. Writes nothing else. */
 int moe_validate(const moe_call *call, moe_problem *problem, moe_error *err);
+/* The most rows that num_slots slots can have, each expert padded to blocks: a multiple of block_size. */
+int64_t moe_padded_rows(int64_t num_slots, int64_t num_experts, int64_t block_size);
 /* The problem of shapes alone (workspace_size, plan): range checks on the sizes. */
 int moe_validate_problem(const moe_problem *problem, moe_error *err);
 
@@ -215,6 +223,7 @@ int moe_cpu_route(const moe_route_args *args, moe_error *err);
 int moe_cpu_align(const moe_align_args *args, moe_error *err);
 /* FUSEDMOE_CHECK=1: an id that no expert can have is an error. Reads only what describes the ids. */
 int moe_cpu_check_ids(const moe_align_args *args, moe_error *err);
+int moe_cpu_align_pad(const moe_pad_args *args, moe_error *err);
 int moe_cpu_gate_up(const moe_gate_up_args *args, moe_error *err);
 int moe_cpu_down(const moe_down_args *args, moe_error *err);
 int moe_cpu_combine(const moe_combine_args *args, moe_error *err);

@@ -375,6 +375,31 @@ static int run_align_alone(const run *r)
     return run_align(r, &a);
 }
 
+static int run_align_block(const run *r)
+{
+    const moe_call *c = r->call;
+    const moe_align_args align = align_args(r, 0, r->plan->problem.num_tokens);
+    if (run_align(r, &align)) return r->err->status;
+    moe_pad_args a;
+    memset(&a, 0, sizeof a);
+    a.expert_offsets = align.expert_offsets;
+    a.rows = align.sorted_token_ids;
+    a.num_slots = align.num_tokens * align.topk;
+    a.num_experts = align.num_experts;
+    a.block_size = c->block_size ? (int32_t)c->block_size : 1;
+    a.fill = c->fill;
+    a.counts = offset(&c->counts, 0);
+    if (c->block_size) {
+        a.sorted_token_ids = c->sorted_token_ids.data;
+        a.capacity = c->sorted_token_ids.shape[0];
+        a.expert_ids = c->expert_ids.data;
+        a.num_blocks = c->expert_ids.shape[0];
+        a.num_tokens_post_padded = c->num_tokens_post_padded.data;
+    }
+    return on_gpu(r) ? moe_cuda_align_pad(r->plan, &a, r->device, r->stream, r->err)
+                     : moe_cpu_align_pad(&a, r->err);
+}
+
 /* gate_up and down alone bring their groups; on the GPU the work list is made from them first. */
 static int make_tiles(const run *r)
 {
@@ -429,15 +454,18 @@ static int run_combine_alone(const run *r)
 
 int moe_run_stage(const moe_call *call, const moe_plan *plan, void *stream, moe_error *err)
 {
-    const moe_tensor *like = call->operation == MOE_OP_ROUTE     ? &call->router_logits
-                             : call->operation == MOE_OP_ALIGN   ? &call->topk_ids
-                             : call->operation == MOE_OP_GATE_UP ? &call->hidden_states
-                             : call->operation == MOE_OP_DOWN    ? &call->intermediate
-                                                                 : &call->rows;
+    const moe_tensor *like = call->operation == MOE_OP_ROUTE         ? &call->router_logits
+                             : call->operation == MOE_OP_ALIGN       ? &call->topk_ids
+                             : call->operation == MOE_OP_ALIGN_BLOCK ? &call->topk_ids
+                             : call->operation == MOE_OP_GATE_UP     ? &call->hidden_states
+                             : call->operation == MOE_OP_DOWN        ? &call->intermediate
+                                                                     : &call->rows;
     const run r = make_run(call, plan, like, stream, err);
     switch (call->operation) {
     case MOE_OP_ALIGN:
         return run_align_alone(&r); /* also of no tokens: expert_offsets are written */
+    case MOE_OP_ALIGN_BLOCK:
+        return run_align_block(&r);
     case MOE_OP_ROUTE:
         return plan->problem.num_tokens ? run_route_alone(&r) : MOE_OK;
     case MOE_OP_GATE_UP:

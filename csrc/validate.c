@@ -782,6 +782,70 @@ static int validate_align(const moe_call *c, moe_problem *p, moe_error *err)
     return MOE_OK;
 }
 
+static int validate_align_block(const moe_call *c, moe_problem *p, moe_error *err)
+{
+    const moe_tensor *ids = &c->topk_ids;
+    const expectation want = {"topk_ids",           ids,  {MOE_I32, MOE_I64}, 2, {-1, -1},
+                              "[num_tokens, topk]", false};
+    if (check_tensor(&want, err)) return err->status;
+    const int64_t num_tokens = ids->shape[0], topk = ids->shape[1], experts = c->num_experts;
+    if (check_slots("topk_ids", num_tokens, topk, err)) return err->status;
+    if (check_extent("num_experts", "a number of experts", experts, 1, MOE_MAX_EXPERTS, err))
+        return err->status;
+    if (check_expert_start(&c->options, err)) return err->status;
+    if (check_expert_map(c, "topk_ids", ids, err)) return err->status;
+    const expectation counts = {"out", &c->counts, {MOE_I32}, 1, {experts}, "[num_experts]", true};
+    const expectation outs[] = {
+        {"out_sorted_token_ids", &c->sorted_token_ids, {MOE_I32}, 1, {-1}, "[capacity]", true},
+        {"out_expert_ids", &c->expert_ids, {MOE_I32}, 1, {-1}, "[blocks]", true},
+        {"out_num_tokens_post_padded", &c->num_tokens_post_padded, {MOE_I32}, 1, {1}, "[1]", true},
+        counts,
+        {"workspace", &c->workspace, {MOE_U8}, 1, {-1}, "[bytes]", true}};
+    const named_tensor all[] = {{"topk_ids", ids},
+                                {"expert_map", &c->expert_map},
+                                {"out_sorted_token_ids", &c->sorted_token_ids},
+                                {"out_expert_ids", &c->expert_ids},
+                                {"out_num_tokens_post_padded", &c->num_tokens_post_padded},
+                                {"out", &c->counts},
+                                {"workspace", &c->workspace}};
+    int64_t capacity = 0;
+    if (c->function[0] == 'a') { /* align_block_size */
+        if (check_extent("block_size", "rows of a block", c->block_size, 1, 256, err))
+            return err->status;
+        capacity = moe_padded_rows(num_tokens * topk, experts, c->block_size);
+        if (check_extent("topk_ids", "rows with padding", capacity, 0, MAX_SLOTS, err))
+            return err->status;
+    }
+    for (int i = 0; i < 5; ++i) {
+        const moe_tensor *t = outs[i].tensor;
+        if (!tensor_present(t)) continue;
+        if (check_tensor(&outs[i], err)) return err->status;
+        if (check_device(outs[i].name, t, "topk_ids", ids, err)) return err->status;
+        if (check_overlap(&all[i + 2], all, i + 2, NULL, 0, err)) return err->status;
+        const int64_t least = i == 0 ? capacity : i == 1 ? capacity / c->block_size : 0;
+        if (t->shape[0] < least)
+            return moe_fail(err, MOE_ERROR_VALUE,
+                            "%s: expected at least %" PRId64 " elements, got %" PRId64,
+                            outs[i].name, least, t->shape[0]);
+    }
+    p->num_tokens = num_tokens;
+    p->topk = (int32_t)topk;
+    p->num_experts = (int32_t)experts;
+    p->hidden_size = p->intermediate_size = 1;
+    p->dtype = MOE_BF16;
+    p->ids_dtype = ids->dtype;
+    p->gated = 1;
+    p->vector_bytes = p->out_vector_bytes = 2;
+    p->deterministic = 1;
+    return MOE_OK;
+}
+
+int64_t moe_padded_rows(int64_t num_slots, int64_t num_experts, int64_t block_size)
+{
+    const int64_t hit = num_slots < num_experts ? num_slots : num_experts;
+    return (num_slots + hit * (block_size - 1)) / block_size * block_size;
+}
+
 /* expert_offsets and sorted_token_ids of gate_up and down alone */
 static int check_groups(const moe_call *c, const char *like_name, const moe_tensor *like,
                         int64_t num_experts, int64_t num_slots, moe_error *err)
@@ -987,6 +1051,8 @@ int moe_validate(const moe_call *call, moe_problem *problem, moe_error *err)
         return validate_route(call, problem, err);
     case MOE_OP_ALIGN:
         return validate_align(call, problem, err);
+    case MOE_OP_ALIGN_BLOCK:
+        return validate_align_block(call, problem, err);
     case MOE_OP_GATE_UP:
         return validate_gate_up(call, problem, err);
     case MOE_OP_DOWN:

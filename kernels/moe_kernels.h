@@ -167,6 +167,24 @@ typedef struct moe_align_args {
     int32_t num_blocks; /* thread blocks that share the slots; 1: one launch does all */
 } moe_align_args;
 
+/* After align: the same rows with every expert's padded to a multiple of block_size, and how many there are.
+ * Outputs that are NULL are not wanted. */
+typedef struct moe_pad_args {
+    const int32_t *expert_offsets; /* [num_experts + 1], of align */
+    const int32_t *rows;           /* [num_slots], of align: row -> slot */
+    int32_t *counts;               /* [num_experts], written: rows of an expert, or NULL */
+    int32_t *sorted_token_ids;     /* [capacity], written: slots, num_slots where padded, or NULL */
+    int32_t *expert_ids;           /* [num_blocks], written: of a block, -1 past the last */
+    int32_t *num_tokens_post_padded; /* [1], written */
+    int64_t num_slots;
+    int64_t capacity;
+    int64_t num_blocks;
+    int32_t num_experts;
+    int32_t block_size;
+    int32_t fill; /* 1: sorted_token_ids is padded to its end, 0: to num_tokens_post_padded */
+    int32_t reserved;
+} moe_pad_args;
+
 /* Stage 3, gate_up: intermediate[r] = act(x[token(r)] . w13[e]^T + w13_bias[e]), in f32, rounded once */
 typedef struct moe_gate_up_args {
     const void *hidden_states; /* [num_tokens, hidden_size] dtype */
@@ -277,6 +295,7 @@ typedef struct moe_combine_args {
 MOE_ASSERT_SIZE(moe_tile, 16);
 MOE_ASSERT_SIZE(moe_route_args, 256);
 MOE_ASSERT_SIZE(moe_align_args, 120);
+MOE_ASSERT_SIZE(moe_pad_args, 88);
 MOE_ASSERT_SIZE(moe_gate_up_args, 192);
 MOE_ASSERT_SIZE(moe_down_args, 168);
 MOE_ASSERT_SIZE(moe_combine_args, 88);

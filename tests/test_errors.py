@@ -686,11 +686,9 @@ def test_experts_has_no_subclasses_and_no_new_attributes():
         Experts(layer.w13, layer.w2).anything = 1
 
 
-def test_quantize_and_align_block_size_are_reserved():
+def test_quantize_is_reserved():
     with pytest.raises(NotImplementedError, match="quantize"):
         fusedmoe.quantize(np.zeros((2, 128), BF16), quant="fp8_block")
-    with pytest.raises(NotImplementedError, match="align_block_size"):
-        fusedmoe.align_block_size(np.zeros((2, 2), np.int32), 64, 4)
 
 
 # -------------------------------------------------------------------------------------------------

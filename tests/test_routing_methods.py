@@ -432,6 +432,56 @@ def test_no_tokens(backend, rng, method):
 
 
 # -------------------------------------------------------------------------------------------------
+# CPU against GPU
+# -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", list(METHODS))
+def test_the_gpu_chooses_as_the_cpu_does(gpu, cpu, rng, method):
+    """The same bits in every key: the same ids, near-ties included. The weights too, but for the
+    softmax methods of the short kernel, which has its own exp."""
+    for num_experts, topk in [(8, 2), (64, 6), (160, 6), (256, 8), (512, 22), (1024, 30)]:
+        k, fields = fields_of(method, rng, 333, num_experts, topk)
+        for spread, dtype in [(1.0, F32), (1e-4, F32), (4.0, BF16)]:
+            logits = draw(rng, 333, num_experts, fields, dtype, spread)
+            ours, theirs = (run(b, logits, k, method, fields) for b in (cpu, gpu))
+            assert same_bits(ours[1], theirs[1])
+            if method not in ("softmax_topk", "topk_softmax"):
+                assert same_bits(ours[0], theirs[0])
+    k, fields = fields_of(method, rng, 400, 64, 6)
+    bad = bit_patterns(rng, draw(rng, 1, 64, fields).shape[1])
+    k, fields = fields_of(method, rng, len(bad), 64, 6)
+    ours, theirs = (run(b, bad, k, method, fields) for b in (cpu, gpu))
+    assert same_bits(ours[1], theirs[1])
+
+
+@pytest.mark.gpu
+def test_graph_replay_reads_the_padding_anew(gpu, rng):
+    """Captured once, replayed with another num_token_non_padded and other logits."""
+    torch = gpu.torch
+    k, fields = fields_of("sigmoid_bias_grouped", rng, 100, 64, 6)
+    on_device = {n: gpu.put(v) if isinstance(v, np.ndarray) else v for n, v in fields.items()}
+    count = torch.zeros(1, dtype=torch.int32, device="cuda")
+    routing = Routing(k, method="sigmoid_bias_grouped", num_token_non_padded=count, **on_device)
+    logits = gpu.put(draw(rng, 100, 64, fields))
+    out = fusedmoe.route(logits, routing)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        fusedmoe.route(logits, routing, out_weights=out[0], out_ids=out[1])
+    for padding in (60, 5, 0, 100):
+        fresh = draw(rng, 100, 64, fields)
+        logits.copy_(gpu.put(fresh))
+        count.fill_(padding)
+        graph.replay()
+        weights, ids = gpu.get(out[0]), gpu.get(out[1])
+        assert (ids[padding:] == -1).all() and (weights[padding:] == 0).all()
+        if padding:
+            now = {**fields, "num_token_non_padded": np.array([padding])}
+            assert_weights(fresh, 64, k, "sigmoid_bias_grouped", now, weights, ids)
+
+
+# -------------------------------------------------------------------------------------------------
 # In the layer
 # -------------------------------------------------------------------------------------------------
 

@@ -115,6 +115,28 @@ def align(
     workspace: _Tensor | None = None,
     stream: _Stream | None = None,
 ) -> tuple[_Tensor, _Tensor, _Tensor]: ...
+def align_block_size(
+    topk_ids: _Tensor,
+    block_size: int,
+    num_experts: int,
+    expert_map: _Tensor | None = None,
+    expert_start: int | None = None,
+    pad: bool | None = True,
+    out_sorted_token_ids: _Tensor | None = None,
+    out_expert_ids: _Tensor | None = None,
+    out_num_tokens_post_padded: _Tensor | None = None,
+    workspace: _Tensor | None = None,
+    stream: _Stream | None = None,
+) -> tuple[_Tensor, _Tensor, _Tensor]: ...
+def count_tokens_per_expert(
+    topk_ids: _Tensor,
+    num_experts: int,
+    expert_map: _Tensor | None = None,
+    expert_start: int | None = None,
+    out: _Tensor | None = None,
+    workspace: _Tensor | None = None,
+    stream: _Stream | None = None,
+) -> _Tensor: ...
 def gate_up(
     hidden_states: _Tensor,
     w13: _Tensor,

@@ -22,6 +22,7 @@ _WHERE = {
     "combine": "ops",
     "quantize": "ops",
     "align_block_size": "ops",
+    "count_tokens_per_expert": "ops",
     "plan": "ops",
     "workspace_size": "ops",
     "load": "ops",

@@ -494,12 +494,85 @@ def quantize(x, *, quant, scale=None, out=None, out_scale=None, stream=None):
 
 
 def align_block_size(
-    topk_ids, block_size, num_experts, *, expert_map=None, out=None, workspace=None, stream=None
+    topk_ids,
+    block_size,
+    num_experts,
+    *,
+    expert_map=None,
+    expert_start=None,
+    pad=True,
+    out_sorted_token_ids=None,
+    out_expert_ids=None,
+    out_num_tokens_post_padded=None,
+    workspace=None,
+    stream=None,
 ):
-    """Reserved: `align` with every expert's rows padded to a multiple of block_size, the layout of
-    other engines' kernels. Raises NotImplementedError."""
-    raise NotImplementedError(
-        "align_block_size: not built yet; `align` gives the same grouping without padding"
+    """`align` with every expert's rows padded to a multiple of block_size, the layout that kernels
+    of other engines take.
+
+        block b holds slots sorted_token_ids[b * block_size : (b + 1) * block_size] of expert
+        expert_ids[b]; num_tokens * topk stands where a block has none
+
+    Stable: within an expert, slots ascend. Dropped slots have no place.
+
+    Args:
+        topk_ids: [num_tokens, topk] int32 or int64, any values. Not written.
+        block_size: rows of a block, 1 to 256.
+        num_experts: experts held here, 1 to 1024.
+        expert_map, expert_start: as `fused_experts`.
+        pad: False: what is behind num_tokens_post_padded in sorted_token_ids is not written.
+        out_sorted_token_ids: [n] int32, written, n >= padded(num_tokens * topk), where padded(s) =
+            s + min(s, num_experts) * (block_size - 1) down to a multiple of block_size. None:
+            allocated.
+        out_expert_ids: [padded(num_tokens * topk) / block_size or more] int32, written; -1 for
+            blocks that are not used. None: allocated.
+        out_num_tokens_post_padded: [1] int32, written: rows with padding. None: allocated.
+        workspace, stream: as `fused_experts`; workspace at least 12 bytes for each slot.
+
+    Returns:
+        (sorted_token_ids, expert_ids, num_tokens_post_padded).
+
+    Oracle: reference.align_block_size.
+    """
+    return _C.align_block_size(
+        topk_ids,
+        block_size,
+        num_experts,
+        expert_map,
+        expert_start,
+        pad,
+        out_sorted_token_ids,
+        out_expert_ids,
+        out_num_tokens_post_padded,
+        workspace,
+        stream,
+    )
+
+
+def count_tokens_per_expert(
+    topk_ids,
+    num_experts,
+    *,
+    expert_map=None,
+    expert_start=None,
+    out=None,
+    workspace=None,
+    stream=None,
+):
+    """How many slots go to each expert.
+
+    Args:
+        topk_ids, num_experts, expert_map, expert_start: as `align`.
+        out: [num_experts] int32, written. None: allocated.
+        workspace, stream: as `align_block_size`.
+
+    Returns:
+        out.
+
+    Oracle: numpy.diff of the expert_offsets of reference.align.
+    """
+    return _C.count_tokens_per_expert(
+        topk_ids, num_experts, expert_map, expert_start, out, workspace, stream
     )
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "Report",
     "activate",
     "align",
+    "align_block_size",
     "combine",
     "combine_error",
     "compare",
@@ -343,6 +344,25 @@ def align(topk_ids, num_experts, *, expert_map=None, expert_start=None):
     row_of_slot = np.full(flat.shape, -1, np.int32)
     row_of_slot[sorted_token_ids] = np.arange(len(sorted_token_ids), dtype=np.int32)
     return expert_offsets, sorted_token_ids, row_of_slot.reshape(ids.shape)
+
+
+def align_block_size(topk_ids, block_size, num_experts, *, expert_map=None, expert_start=None):
+    """`align`, each expert's rows padded to blocks.
+
+    Returns int32 arrays: sorted_token_ids, a multiple of block_size long, T * k where padded;
+    expert_ids, one for each block; num_tokens_post_padded [1], the length of the first.
+    """
+    offsets, rows, row_of_slot = align(
+        topk_ids, num_experts, expert_map=expert_map, expert_start=expert_start
+    )
+    blocks, expert_ids = [np.empty(0, np.int32)], []
+    for e in range(num_experts):
+        mine = rows[offsets[e] : offsets[e + 1]]
+        fill = np.full(-len(mine) % block_size, row_of_slot.size, np.int32)
+        blocks += [mine, fill]
+        expert_ids += [e] * ((len(mine) + len(fill)) // block_size)
+    padded = np.concatenate(blocks).astype(np.int32)
+    return padded, np.array(expert_ids, np.int32), np.array([len(padded)], np.int32)
 
 
 def activate(gate, up=None, *, activation="silu", alpha=None, limit=None, clamp="after"):
