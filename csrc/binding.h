@@ -40,11 +40,27 @@ enum {
     NUM_LAYER_KW
 };
 
+/* Places in the tuple Routing.knobs (routing.py). */
+enum {
+    KNOB_RENORMALIZE = 0,
+    KNOB_NUM_GROUPS,
+    KNOB_TOPK_GROUPS,
+    KNOB_NUM_SHARED,
+    KNOB_SHARED_WEIGHT,
+    KNOB_NUM_ZERO,
+    KNOB_SOFTCAP,
+    KNOB_WEIGHTS_DTYPE,
+    KNOB_FIRST_TENSOR, /* ROUTING_TENSORS of module.c, in their order */
+    NUM_ROUTING_KNOBS = KNOB_FIRST_TENSOR + 7
+};
+
 typedef enum signature_id {
     SIG_FUSED_EXPERTS = 0,
     SIG_FUSED_MOE,
     SIG_ROUTE,
     SIG_ALIGN,
+    SIG_ALIGN_BLOCK,
+    SIG_COUNT_TOKENS,
     SIG_GATE_UP,
     SIG_DOWN,
     SIG_COMBINE,
@@ -76,7 +92,7 @@ extern const signature moe_signatures[NUM_SIGNATURES]; /* parse.c; constant */
 
 /* ---- module state ---------------------------------------------------------------------------- */
 
-enum { NUM_CHOICES = 32, PLAN_SLOTS = 64, PLAN_PROBES = 4 };
+enum { NUM_CHOICES = 64, PLAN_SLOTS = 64, PLAN_PROBES = 4 };
 
 typedef struct plan_entry {
     bool used;
@@ -151,6 +167,8 @@ int parse_no_combine(module_state *state, PyObject *object, int32_t *value, moe_
 int parse_backend(module_state *state, PyObject *object, moe_backend *value, moe_error *err);
 /* bfloat16, float16, float32; MOE_DTYPE_NONE where not given */
 int parse_dtype(module_state *state, PyObject *object, int32_t *value, moe_error *err);
+/* What Routing.knobs holds beside topk, method, scale and tensors (routing.py); None: nothing. */
+int parse_routing_knobs(module_state *state, PyObject *knobs, moe_options *options, moe_error *err);
 int parse_ids_dtype(module_state *state, PyObject *object, int32_t *value, moe_error *err);
 /* An optional number: has is 0 where it is None. */
 int parse_optional_double(const char *name, PyObject *object, int32_t *has, double *value,

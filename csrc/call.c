@@ -32,7 +32,17 @@ void call_begin(call_frame *f, module_state *state, moe_operation operation, con
                              &c->sorted_token_ids,
                              &c->row_of_slot,
                              &c->intermediate,
-                             &c->rows};
+                             &c->rows,
+                             &c->correction_bias,
+                             &c->expert_scale,
+                             &c->num_token_non_padded,
+                             &c->routing_map,
+                             &c->replica_map,
+                             &c->tid2eid,
+                             &c->token_ids,
+                             &c->expert_ids,
+                             &c->num_tokens_post_padded,
+                             &c->counts};
     for (size_t i = 0; i < sizeof tensors / sizeof *tensors; ++i) {
         tensor_absent(tensors[i]);
         tensors[i]->readonly = false;
@@ -44,6 +54,8 @@ void call_begin(call_frame *f, module_state *state, moe_operation operation, con
     c->operation = operation;
     c->function = function;
     c->num_experts = 0;
+    c->block_size = 0;
+    c->fill = 1;
     default_options(&c->options);
     f->state = state;
     f->holds.count = 0;
@@ -306,13 +318,23 @@ static void shape_outputs(call_frame *f)
             shape_output(out, p->dtype, 3, p->num_tokens, p->topk, p->hidden_size);
         break;
     case MOE_OP_ROUTE: /* out[1].dtype is ids_dtype already */
-        shape_output(&out[0], MOE_F32, 2, p->num_tokens, p->topk, 0);
+        shape_output(&out[0], f->call.options.weights_dtype, 2, p->num_tokens, p->topk, 0);
         shape_output(&out[1], out[1].dtype, 2, p->num_tokens, p->topk, 0);
         break;
     case MOE_OP_ALIGN:
         shape_output(&out[0], MOE_I32, 1, p->num_experts + 1, 0, 0);
         shape_output(&out[1], MOE_I32, 1, slots, 0, 0);
         shape_output(&out[2], MOE_I32, 2, p->num_tokens, p->topk, 0);
+        break;
+    case MOE_OP_ALIGN_BLOCK:
+        if (f->call.block_size == 0) {
+            shape_output(out, MOE_I32, 1, p->num_experts, 0, 0);
+            break;
+        }
+        shape_output(&out[0], MOE_I32, 1,
+                     moe_padded_rows(slots, p->num_experts, f->call.block_size), 0, 0);
+        shape_output(&out[1], MOE_I32, 1, out[0].shape[0] / f->call.block_size, 0, 0);
+        shape_output(&out[2], MOE_I32, 1, 1, 0, 0);
         break;
     case MOE_OP_GATE_UP:
         shape_output(out, p->dtype, 2, slots, p->intermediate_size, 0);

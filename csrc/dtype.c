@@ -46,3 +46,18 @@ const char *moe_tensor_text(const moe_tensor *t, char *text, size_t size)
     if (used < size) snprintf(text + used, size - used, "]");
     return text;
 }
+
+/* ---- routing methods ------------------------------------------------------------------------- */
+
+const moe_route_method moe_route_methods[MOE_ROUTE_COUNT] = {
+#define MOE_ROUTE_METHOD(name, score, key, bias, groups, ids, renormalize)                         \
+    {#name,                                                                                        \
+     MOE_SCORE_##score,                                                                            \
+     MOE_KEY_##key,                                                                                \
+     MOE_BIAS_##bias,                                                                              \
+     MOE_GROUPS_##groups,                                                                          \
+     MOE_IDS_##ids,                                                                                \
+     MOE_RENORMALIZE_##renormalize},
+#include "../kernels/route_methods.def"
+#undef MOE_ROUTE_METHOD
+};

@@ -101,10 +101,13 @@ done:
     return call_finish(&f, stream);
 }
 
-/* topk and routing_scale of fused_moe and route */
-static int parse_routing(call_frame *f, PyObject *topk, PyObject *method, PyObject *scale)
+/* v: topk, method, routing_scale, knobs of fused_moe and route. Tensors are imported after the
+ * prototype. */
+static int parse_routing(call_frame *f, PyObject *const *v)
 {
+    PyObject *topk = v[0], *method = v[1], *scale = v[2];
     moe_options *o = &f->call.options;
+    if (parse_routing_knobs(f->state, v[3], o, &f->err)) return f->err.status;
     if (parse_count("topk", topk, &o->topk, &f->err) ||
         parse_method(f->state, method, &o->method, &f->err) ||
         parse_double("routing_scale", scale, 1.0, &o->routing_scale, &f->err))
@@ -113,6 +116,27 @@ static int parse_routing(call_frame *f, PyObject *topk, PyObject *method, PyObje
         return moe_fail(&f->err, MOE_ERROR_VALUE,
                         "routing_scale: expected a finite number (float32), got %g",
                         o->routing_scale);
+    return MOE_OK;
+}
+
+static int import_routing(call_frame *f, PyObject *knobs)
+{
+    moe_call *c = &f->call;
+    const struct {
+        const char *name;
+        moe_tensor *tensor;
+    } ROUTING_TENSORS[] = {{"correction_bias", &c->correction_bias},
+                           {"expert_scale", &c->expert_scale},
+                           {"num_token_non_padded", &c->num_token_non_padded},
+                           {"expert_map", &c->routing_map},
+                           {"replica_map", &c->replica_map},
+                           {"tid2eid", &c->tid2eid},
+                           {"token_ids", &c->token_ids}};
+    if (knobs == Py_None) return MOE_OK;
+    for (int i = 0; i < NUM_ROUTING_KNOBS - KNOB_FIRST_TENSOR; ++i)
+        if (call_tensor(f, PyTuple_GetItem(knobs, KNOB_FIRST_TENSOR + i), ROUTING_TENSORS[i].name,
+                        ROUTING_TENSORS[i].tensor))
+            return f->err.status;
     return MOE_OK;
 }
 
@@ -127,14 +151,15 @@ static PyObject *py_fused_moe(PyObject *module, PyObject *const *args, Py_ssize_
     PyObject *const *v =
         parse_arguments(state, SIG_FUSED_MOE, args, nargs, kwnames, values, &f.err);
     if (v == NULL) goto done;
-    PyObject *const *kw = v + 7;
+    PyObject *const *kw = v + 8;
     stream = kw[KW_STREAM];
     if (parse_layer_options(state, kw, &c->options, &f.dtype, &f.err)) goto done;
-    if (parse_routing(&f, v[4], v[5], v[6])) goto done;
+    if (parse_routing(&f, v + 4)) goto done;
     if (call_prototype(&f, v[0], "hidden_states", &c->hidden_states)) goto done;
     if (call_numbers(&f, v[1], "w13", &c->w13)) goto done;
     if (call_numbers(&f, v[2], "w2", &c->w2)) goto done;
     if (call_tensor(&f, v[3], "router_logits", &c->router_logits)) goto done;
+    if (import_routing(&f, v[7])) goto done;
     if (import_layer_keywords(&f, kw)) goto done;
 done:
     return call_finish(&f, stream);
@@ -153,14 +178,15 @@ static PyObject *py_route(PyObject *module, PyObject *const *args, Py_ssize_t na
     moe_call *c = &f.call;
     PyObject *const *v = parse_arguments(state, SIG_ROUTE, args, nargs, kwnames, values, &f.err);
     if (v == NULL) goto done;
-    stream = v[7];
-    if (parse_routing(&f, v[1], v[2], v[3])) goto done;
-    if (parse_ids_dtype(state, v[4], &ids_dtype, &f.err)) goto done;
+    stream = v[8];
+    if (parse_routing(&f, v + 1)) goto done;
+    if (parse_ids_dtype(state, v[5], &ids_dtype, &f.err)) goto done;
     if (call_prototype(&f, v[0], "router_logits", &c->router_logits)) goto done;
-    if (call_tensor(&f, v[5], "out_weights", &c->topk_weights)) goto done;
-    if (call_tensor(&f, v[6], "out_ids", &c->topk_ids)) goto done;
-    call_output_add(&f, "out_weights", v[5], &c->topk_weights);
-    call_output_add(&f, "out_ids", v[6], &c->topk_ids);
+    if (import_routing(&f, v[4])) goto done;
+    if (call_tensor(&f, v[6], "out_weights", &c->topk_weights)) goto done;
+    if (call_tensor(&f, v[7], "out_ids", &c->topk_ids)) goto done;
+    call_output_add(&f, "out_weights", v[6], &c->topk_weights);
+    call_output_add(&f, "out_ids", v[7], &c->topk_ids);
     f.outputs[1].dtype = ids_dtype;
 done:
     return call_finish(&f, stream);
@@ -189,6 +215,60 @@ static PyObject *py_align(PyObject *module, PyObject *const *args, Py_ssize_t na
     call_output_add(&f, "out_expert_offsets", v[4], &c->expert_offsets);
     call_output_add(&f, "out_sorted_token_ids", v[5], &c->sorted_token_ids);
     call_output_add(&f, "out_row_of_slot", v[6], &c->row_of_slot);
+done:
+    return call_finish(&f, stream);
+}
+
+static PyObject *py_align_block_size(PyObject *module, PyObject *const *args, Py_ssize_t nargs,
+                                     PyObject *kwnames)
+{
+    module_state *state = PyModule_GetState(module);
+    PyObject *values[MAX_PARAMETERS], *stream = Py_None;
+    call_frame f;
+    call_begin(&f, state, MOE_OP_ALIGN_BLOCK, "align_block_size");
+    moe_call *c = &f.call;
+    PyObject *const *v =
+        parse_arguments(state, SIG_ALIGN_BLOCK, args, nargs, kwnames, values, &f.err);
+    if (v == NULL) goto done;
+    stream = v[10];
+    c->options.has_expert_start = v[4] != Py_None;
+    if (parse_count("block_size", v[1], &c->block_size, &f.err)) goto done;
+    if (parse_count("num_experts", v[2], &c->num_experts, &f.err)) goto done;
+    if (parse_int("expert_start", v[4], 0, &c->options.expert_start, &f.err)) goto done;
+    if (parse_bool("pad", v[5], 1, &c->fill, &f.err)) goto done;
+    if (call_prototype(&f, v[0], "topk_ids", &c->topk_ids)) goto done;
+    if (call_tensor(&f, v[3], "expert_map", &c->expert_map)) goto done;
+    if (call_tensor(&f, v[6], "out_sorted_token_ids", &c->sorted_token_ids)) goto done;
+    if (call_tensor(&f, v[7], "out_expert_ids", &c->expert_ids)) goto done;
+    if (call_tensor(&f, v[8], "out_num_tokens_post_padded", &c->num_tokens_post_padded)) goto done;
+    if (call_tensor(&f, v[9], "workspace", &c->workspace)) goto done;
+    call_output_add(&f, "out_sorted_token_ids", v[6], &c->sorted_token_ids);
+    call_output_add(&f, "out_expert_ids", v[7], &c->expert_ids);
+    call_output_add(&f, "out_num_tokens_post_padded", v[8], &c->num_tokens_post_padded);
+done:
+    return call_finish(&f, stream);
+}
+
+static PyObject *py_count_tokens(PyObject *module, PyObject *const *args, Py_ssize_t nargs,
+                                 PyObject *kwnames)
+{
+    module_state *state = PyModule_GetState(module);
+    PyObject *values[MAX_PARAMETERS], *stream = Py_None;
+    call_frame f;
+    call_begin(&f, state, MOE_OP_ALIGN_BLOCK, "count_tokens_per_expert");
+    moe_call *c = &f.call;
+    PyObject *const *v =
+        parse_arguments(state, SIG_COUNT_TOKENS, args, nargs, kwnames, values, &f.err);
+    if (v == NULL) goto done;
+    stream = v[6];
+    c->options.has_expert_start = v[3] != Py_None;
+    if (parse_count("num_experts", v[1], &c->num_experts, &f.err)) goto done;
+    if (parse_int("expert_start", v[3], 0, &c->options.expert_start, &f.err)) goto done;
+    if (call_prototype(&f, v[0], "topk_ids", &c->topk_ids)) goto done;
+    if (call_tensor(&f, v[2], "expert_map", &c->expert_map)) goto done;
+    if (call_tensor(&f, v[4], "out", &c->counts)) goto done;
+    if (call_tensor(&f, v[5], "workspace", &c->workspace)) goto done;
+    call_output_add(&f, "out", v[4], &c->counts);
 done:
     return call_finish(&f, stream);
 }
@@ -546,6 +626,21 @@ static PyObject *py_cpu_read_bandwidth(PyObject *module, PyObject *ignored)
     return PyFloat_FromDouble(bytes_per_us * 1e6);
 }
 
+/* {method: (score, key, bias, groups, ids, renormalize)}, the rows of route_methods.def */
+static PyObject *py_routing_methods(PyObject *module, PyObject *ignored)
+{
+    PyObject *methods = PyDict_New();
+    (void)module, (void)ignored;
+    for (int i = 0; methods && i < MOE_ROUTE_COUNT; ++i) {
+        const moe_route_method *m = &moe_route_methods[i];
+        PyObject *row =
+            Py_BuildValue("iiiiii", m->score, m->key, m->bias, m->groups, m->ids, m->renormalize);
+        if (row == NULL || PyDict_SetItemString(methods, m->name, row)) Py_CLEAR(methods);
+        Py_XDECREF(row);
+    }
+    return methods;
+}
+
 /* ---- the module ------------------------------------------------------------------------------ */
 
 #define FAST(function) (PyCFunction)(void (*)(void))(function), METH_FASTCALL | METH_KEYWORDS
@@ -555,6 +650,8 @@ static PyMethodDef METHODS[] = {
     {"fused_moe", FAST(py_fused_moe), "Routing and the layer; see fusedmoe.fused_moe."},
     {"route", FAST(py_route), "Stage 1; see fusedmoe.route."},
     {"align", FAST(py_align), "Stage 2; see fusedmoe.align."},
+    {"align_block_size", FAST(py_align_block_size), "See fusedmoe.align_block_size."},
+    {"count_tokens_per_expert", FAST(py_count_tokens), "See fusedmoe.count_tokens_per_expert."},
     {"gate_up", FAST(py_gate_up), "Stage 3; see fusedmoe.gate_up."},
     {"down", FAST(py_down), "Stage 4; see fusedmoe.down."},
     {"combine", FAST(py_combine), "Stage 5; see fusedmoe.combine."},
@@ -566,6 +663,8 @@ static PyMethodDef METHODS[] = {
     {"info", py_info, METH_NOARGS, "Facts about this build and machine, as a dict."},
     {"_restrict_plans", py_restrict_plans, METH_VARARGS,
      "(portable, tile_rows): plans take no kernel made for one architecture; only this height."},
+    {"_routing_methods", py_routing_methods, METH_NOARGS,
+     "The knobs of the routing methods, by name; see fusedmoe.routing."},
     {"_cpu_read_bandwidth", py_cpu_read_bandwidth, METH_NOARGS,
      "Bytes per second read from memory by all threads, measured now."},
     {0}};

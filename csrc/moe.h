@@ -63,6 +63,7 @@ typedef enum moe_operation {
     MOE_OP_FUSED_MOE,
     MOE_OP_ROUTE,
     MOE_OP_ALIGN,
+    MOE_OP_ALIGN_BLOCK, /* align, then padded to blocks or counted */
     MOE_OP_GATE_UP,
     MOE_OP_DOWN,
     MOE_OP_COMBINE
@@ -84,11 +85,24 @@ typedef struct moe_options {
     double activation_alpha, activation_limit;
     double routed_scaling_factor;
     int64_t expert_start;
-    /* route */
-    int32_t method; /* MOE_ROUTE_* */
-    int64_t topk;
-    double routing_scale; /* multiplies the weights of route (fused_moe, route); 1 by default */
+    /* route (fused_moe, route) */
+    int32_t method;       /* MOE_ROUTE_* */
+    int64_t topk;         /* routed experts of a token; slots are these and num_shared more */
+    double routing_scale; /* multiplies the weights; 1 by default */
+    int32_t renormalize;  /* 0, 1, or -1: what the method says */
+    int32_t shared;       /* MOE_SHARED_*, where num_shared > 0 */
+    int32_t weights_dtype;
+    int64_t num_shared, num_zero_experts, num_groups, topk_groups;
+    double shared_weight, softcap; /* softcap 0: none */
 } moe_options;
+
+/* The knobs of a routing method: a row of route_methods.def. */
+typedef struct moe_route_method {
+    const char *name;
+    int32_t score, key, bias, groups, ids, renormalize;
+} moe_route_method;
+
+extern const moe_route_method moe_route_methods[MOE_ROUTE_COUNT]; /* dtype.c */
 
 /* One call as the user gave it. */
 typedef struct moe_call {
@@ -99,8 +113,16 @@ typedef struct moe_call {
     moe_tensor out, workspace;
     /* stages alone */
     moe_tensor expert_offsets, sorted_token_ids, row_of_slot, intermediate, rows;
+    /* what routing reads beside the logits */
+    moe_tensor correction_bias, expert_scale, num_token_non_padded, routing_map, replica_map;
+    moe_tensor tid2eid, token_ids;
     moe_options options;
-    int64_t num_experts; /* align alone */
+    /* align alone */
+    int64_t num_experts;
+    /* align_block_size, count_tokens_per_expert: sorted_token_ids padded, and these */
+    moe_tensor expert_ids, num_tokens_post_padded, counts;
+    int64_t block_size; /* 0: counts alone */
+    int32_t fill;
 } moe_call;
 
 /* The sizes of a layer and nothing else: the key of the plan cache, compared with memcmp (zero it first). */
@@ -178,6 +200,8 @@ typedef struct moe_plan {
 
 /* validate.c: every check a call's tensors and scalars need; fills problem. Writes nothing else. */
 int moe_validate(const moe_call *call, moe_problem *problem, moe_error *err);
+/* The most rows that num_slots slots can have, each expert padded to blocks: a multiple of block_size. */
+int64_t moe_padded_rows(int64_t num_slots, int64_t num_experts, int64_t block_size);
 /* The problem of shapes alone (workspace_size, plan): range checks on the sizes. */
 int moe_validate_problem(const moe_problem *problem, moe_error *err);
 
@@ -202,6 +226,7 @@ int moe_cpu_route(const moe_route_args *args, moe_error *err);
 int moe_cpu_align(const moe_align_args *args, moe_error *err);
 /* FUSEDMOE_CHECK=1: an id that no expert can have is an error. Reads only what describes the ids. */
 int moe_cpu_check_ids(const moe_align_args *args, moe_error *err);
+int moe_cpu_align_pad(const moe_pad_args *args, moe_error *err);
 int moe_cpu_gate_up(const moe_gate_up_args *args, moe_error *err);
 int moe_cpu_down(const moe_down_args *args, moe_error *err);
 int moe_cpu_combine(const moe_combine_args *args, moe_error *err);

@@ -26,15 +26,21 @@
 const signature moe_signatures[NUM_SIGNATURES] = {
     [SIG_FUSED_EXPERTS] = {"fused_experts", 5 + NUM_LAYER_KW, 5,
         {"hidden_states", "w13", "w2", "topk_weights", "topk_ids", LAYER_KW}},
-    [SIG_FUSED_MOE] = {"fused_moe", 7 + NUM_LAYER_KW, 5,
-        {"hidden_states", "w13", "w2", "router_logits", "topk", "method", "routing_scale",
+    [SIG_FUSED_MOE] = {"fused_moe", 8 + NUM_LAYER_KW, 5,
+        {"hidden_states", "w13", "w2", "router_logits", "topk", "method", "routing_scale", "knobs",
          LAYER_KW}},
-    [SIG_ROUTE] = {"route", 8, 2,
-        {"router_logits", "topk", "method", "routing_scale", "ids_dtype", "out_weights", "out_ids",
-         "stream"}},
+    [SIG_ROUTE] = {"route", 9, 2,
+        {"router_logits", "topk", "method", "routing_scale", "knobs", "ids_dtype", "out_weights",
+         "out_ids", "stream"}},
     [SIG_ALIGN] = {"align", 9, 2,
         {"topk_ids", "num_experts", "expert_map", "expert_start", "out_expert_offsets",
          "out_sorted_token_ids", "out_row_of_slot", "workspace", "stream"}},
+    [SIG_ALIGN_BLOCK] = {"align_block_size", 11, 3,
+        {"topk_ids", "block_size", "num_experts", "expert_map", "expert_start", "pad",
+         "out_sorted_token_ids", "out_expert_ids", "out_num_tokens_post_padded", "workspace",
+         "stream"}},
+    [SIG_COUNT_TOKENS] = {"count_tokens_per_expert", 7, 2,
+        {"topk_ids", "num_experts", "expert_map", "expert_start", "out", "workspace", "stream"}},
     [SIG_GATE_UP] = {"gate_up", 17, 5,
         {"hidden_states", "w13", "expert_offsets", "sorted_token_ids", "topk", "topk_weights",
          "w13_bias", "activation", "activation_alpha", "activation_limit", "clamp", "gated",
@@ -91,8 +97,6 @@ static const choice CHOICES[] = {
     {"gate_up", MOE_ORDER_GATE_UP},
     {"up_gate", MOE_ORDER_UP_GATE},
     {"interleaved", MOE_ORDER_INTERLEAVED},
-    {"softmax_topk", MOE_ROUTE_SOFTMAX_TOPK},
-    {"topk_softmax", MOE_ROUTE_TOPK_SOFTMAX},
     {"weighted", MOE_NO_COMBINE_WEIGHTED},
     {"unweighted", MOE_NO_COMBINE_UNWEIGHTED},
     {"cpu", MOE_CPU},
@@ -102,6 +106,13 @@ static const choice CHOICES[] = {
     {"float32", MOE_F32},
     {"int32", MOE_I32},
     {"int64", MOE_I64},
+    {"sum", MOE_SHARED_SUM},
+    {"gate", MOE_SHARED_GATE},
+    {"sink", MOE_SHARED_SINK},
+#define MOE_ROUTE_METHOD(name, score, key, bias, groups, ids, renormalize)                         \
+    {#name, MOE_ROUTE_##name},
+#include "../kernels/route_methods.def"
+#undef MOE_ROUTE_METHOD
 };
 enum { NUM_TEXTS = sizeof CHOICES / sizeof *CHOICES };
 _Static_assert(sizeof CHOICES / sizeof *CHOICES <= (size_t)NUM_CHOICES,
@@ -113,9 +124,10 @@ typedef struct choices {
 } choices;
 
 static const choices ACTIVATIONS = {0, 6, MOE_ERROR_VALUE}, CLAMPS = {6, 2, MOE_ERROR_VALUE},
-                     ORDERS = {8, 3, MOE_ERROR_VALUE}, METHODS = {11, 2, MOE_ERROR_VALUE},
-                     NO_COMBINES = {13, 2, MOE_ERROR_VALUE}, BACKENDS = {15, 2, MOE_ERROR_VALUE},
-                     DTYPES = {17, 3, MOE_ERROR_TYPE}, IDS_DTYPES = {20, 2, MOE_ERROR_TYPE};
+                     ORDERS = {8, 3, MOE_ERROR_VALUE}, NO_COMBINES = {11, 2, MOE_ERROR_VALUE},
+                     BACKENDS = {13, 2, MOE_ERROR_VALUE}, DTYPES = {15, 3, MOE_ERROR_TYPE},
+                     IDS_DTYPES = {18, 2, MOE_ERROR_TYPE}, SHARED = {20, 3, MOE_ERROR_VALUE},
+                     METHODS = {23, MOE_ROUTE_COUNT, MOE_ERROR_VALUE};
 
 static void choices_text(const choices *set, char *text, size_t size)
 {
@@ -158,7 +170,7 @@ static int parse_choice(module_state *state, const char *name, const choices *se
             return MOE_OK;
         }
     }
-    char expected[128], got[96];
+    char expected[640], got[96];
     choices_text(set, expected, sizeof expected);
     if (!is_text)
         return moe_fail(err, MOE_ERROR_TYPE, "%s: expected %s, got %s", name, expected,
@@ -187,7 +199,7 @@ int parse_order(module_state *state, PyObject *object, int32_t *value, moe_error
 
 int parse_method(module_state *state, PyObject *object, int32_t *value, moe_error *err)
 {
-    *value = MOE_ROUTE_SOFTMAX_TOPK;
+    *value = MOE_ROUTE_softmax_topk;
     if (object == Py_None) return MOE_OK;
     return parse_choice(state, "method", &METHODS, object, value, err);
 }
@@ -221,6 +233,32 @@ int parse_dtype(module_state *state, PyObject *object, int32_t *value, moe_error
                         "not built yet",
                         moe_dtype_name(known));
     return parse_choice(state, "dtype", &DTYPES, object, value, err);
+}
+
+int parse_routing_knobs(module_state *state, PyObject *knobs, moe_options *o, moe_error *err)
+{
+    if (knobs == Py_None) return MOE_OK;
+    if (!PyTuple_Check(knobs) || PyTuple_Size(knobs) != NUM_ROUTING_KNOBS)
+        return moe_fail(err, MOE_ERROR_TYPE, "knobs: expected None or the knobs of a Routing");
+    PyObject *const renormalize = PyTuple_GetItem(knobs, KNOB_RENORMALIZE);
+    PyObject *const shared = PyTuple_GetItem(knobs, KNOB_SHARED_WEIGHT);
+    if (parse_bool("renormalize", renormalize, -1, &o->renormalize, err) ||
+        parse_int("num_groups", PyTuple_GetItem(knobs, KNOB_NUM_GROUPS), 0, &o->num_groups, err) ||
+        parse_int("topk_groups", PyTuple_GetItem(knobs, KNOB_TOPK_GROUPS), 0, &o->topk_groups,
+                  err) ||
+        parse_int("num_fused_shared_experts", PyTuple_GetItem(knobs, KNOB_NUM_SHARED), 0,
+                  &o->num_shared, err) ||
+        parse_int("num_zero_experts", PyTuple_GetItem(knobs, KNOB_NUM_ZERO), 0,
+                  &o->num_zero_experts, err) ||
+        parse_double("softcap", PyTuple_GetItem(knobs, KNOB_SOFTCAP), 0, &o->softcap, err) ||
+        parse_dtype(state, PyTuple_GetItem(knobs, KNOB_WEIGHTS_DTYPE), &o->weights_dtype, err))
+        return err->status;
+    if (o->weights_dtype == MOE_DTYPE_NONE) o->weights_dtype = MOE_F32;
+    if (PyUnicode_Check(shared))
+        return parse_choice(state, "shared_weight", &SHARED, shared, &o->shared, err);
+    if (shared == Py_None) return MOE_OK; /* sum */
+    o->shared = MOE_SHARED_CONSTANT;
+    return parse_double("shared_weight", shared, 1, &o->shared_weight, err);
 }
 
 int parse_ids_dtype(module_state *state, PyObject *object, int32_t *value, moe_error *err)
@@ -358,6 +396,8 @@ void default_options(moe_options *options)
     options->deterministic = 1;
     options->routed_scaling_factor = 1.0;
     options->routing_scale = 1.0;
+    options->renormalize = -1;
+    options->weights_dtype = MOE_F32;
 }
 
 int parse_layer_options(module_state *state, PyObject *const *kw, moe_options *o, int32_t *dtype,

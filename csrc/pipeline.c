@@ -76,19 +76,67 @@ static moe_route_args route_args(const run *r, int64_t first_token, int64_t num_
     const moe_tensor *logits = &r->call->router_logits;
     const moe_problem *p = &r->plan->problem;
     moe_route_args a;
+    const moe_call *c = r->call;
+    const moe_options *o = &c->options;
+    const moe_route_method *method = &moe_route_methods[o->method];
     memset(&a, 0, sizeof a);
     a.router_logits = offset(logits, first_token * row_stride(logits));
     a.logits_stride = row_stride(logits);
+    a.correction_bias = offset(&c->correction_bias, 0);
+    a.bias_dtype = c->correction_bias.dtype;
+    a.expert_scale = offset(&c->expert_scale, 0);
+    a.num_token_non_padded = offset(&c->num_token_non_padded, 0);
+    if (tensor_present(&c->replica_map)) {
+        a.replica_map = c->replica_map.data;
+        a.replica_stride = row_stride(&c->replica_map);
+        a.num_replicas = (int32_t)c->replica_map.shape[1];
+    }
+    if (tensor_present(&c->routing_map)) {
+        a.expert_map = c->routing_map.data;
+        a.expert_map_size = c->routing_map.shape[0];
+    }
+    if (tensor_present(&c->tid2eid)) {
+        a.tid2eid = c->tid2eid.data;
+        a.tid_dtype = c->tid2eid.dtype;
+        a.tid_stride = row_stride(&c->tid2eid);
+        a.tid_rows = c->tid2eid.shape[0];
+        a.token_ids = offset(&c->token_ids, first_token);
+        a.token_ids_dtype = c->token_ids.dtype;
+        if (a.token_ids == NULL && a.tid_stride) { /* a row for each token */
+            a.tid2eid = offset(&c->tid2eid, first_token * a.tid_stride);
+            a.tid_rows -= first_token;
+        }
+    }
     a.topk_weights = part(r, r->plan->workspace.topk_weights);
     a.topk_ids = part(r, r->plan->workspace.topk_ids);
     a.weights_stride = a.ids_stride = p->topk;
     a.num_tokens = num_tokens;
+    a.first_token = first_token;
     a.num_experts = p->router_experts;
-    a.topk = p->topk;
+    a.num_slots = p->topk;
+    a.topk = (int32_t)o->topk;
+    a.num_zero_experts = (int32_t)o->num_zero_experts;
+    a.num_groups = (int32_t)o->num_groups;
+    a.topk_groups = (int32_t)o->topk_groups;
     a.logits_dtype = logits->dtype;
+    a.weights_dtype = MOE_F32;
     a.ids_dtype = MOE_I32;
-    a.method = r->call->options.method;
-    a.scale = (float)r->call->options.routing_scale;
+    a.method = o->method;
+    a.score = method->score;
+    a.key = method->key;
+    a.bias = method->bias;
+    a.groups = method->groups;
+    a.ids = method->ids;
+    a.renormalize = o->renormalize >= 0 ? o->renormalize : method->renormalize % 2;
+    a.shared = o->shared;
+    a.shared_weight = (float)o->shared_weight;
+    a.softcap = (float)o->softcap;
+    a.scale = (float)o->routing_scale;
+    a.general = !(method->score == MOE_SCORE_SOFTMAX && method->key == MOE_KEY_LOGIT &&
+                  method->bias == MOE_BIAS_NONE && method->groups == MOE_GROUPS_NONE &&
+                  method->ids == MOE_IDS_LARGEST) ||
+                a.num_slots > a.topk || a.num_zero_experts || o->softcap != 0 || a.expert_scale ||
+                a.num_token_non_padded || a.replica_map || a.expert_map;
     return a;
 }
 
@@ -312,6 +360,8 @@ static int run_route_alone(const run *r)
     a.topk_ids = c->topk_ids.data;
     a.ids_stride = row_stride(&c->topk_ids);
     a.ids_dtype = c->topk_ids.dtype;
+    a.weights_dtype = c->topk_weights.dtype;
+    a.general |= a.weights_dtype != MOE_F32;
     return run_route(r, &a);
 }
 
@@ -323,6 +373,31 @@ static int run_align_alone(const run *r)
     a.sorted_token_ids = c->sorted_token_ids.data;
     a.row_of_slot = c->row_of_slot.data;
     return run_align(r, &a);
+}
+
+static int run_align_block(const run *r)
+{
+    const moe_call *c = r->call;
+    const moe_align_args align = align_args(r, 0, r->plan->problem.num_tokens);
+    if (run_align(r, &align)) return r->err->status;
+    moe_pad_args a;
+    memset(&a, 0, sizeof a);
+    a.expert_offsets = align.expert_offsets;
+    a.rows = align.sorted_token_ids;
+    a.num_slots = align.num_tokens * align.topk;
+    a.num_experts = align.num_experts;
+    a.block_size = c->block_size ? (int32_t)c->block_size : 1;
+    a.fill = c->fill;
+    a.counts = offset(&c->counts, 0);
+    if (c->block_size) {
+        a.sorted_token_ids = c->sorted_token_ids.data;
+        a.capacity = c->sorted_token_ids.shape[0];
+        a.expert_ids = c->expert_ids.data;
+        a.num_blocks = c->expert_ids.shape[0];
+        a.num_tokens_post_padded = c->num_tokens_post_padded.data;
+    }
+    return on_gpu(r) ? moe_cuda_align_pad(r->plan, &a, r->device, r->stream, r->err)
+                     : moe_cpu_align_pad(&a, r->err);
 }
 
 /* gate_up and down alone bring their groups; on the GPU the work list is made from them first. */
@@ -379,15 +454,18 @@ static int run_combine_alone(const run *r)
 
 int moe_run_stage(const moe_call *call, const moe_plan *plan, void *stream, moe_error *err)
 {
-    const moe_tensor *like = call->operation == MOE_OP_ROUTE     ? &call->router_logits
-                             : call->operation == MOE_OP_ALIGN   ? &call->topk_ids
-                             : call->operation == MOE_OP_GATE_UP ? &call->hidden_states
-                             : call->operation == MOE_OP_DOWN    ? &call->intermediate
-                                                                 : &call->rows;
+    const moe_tensor *like = call->operation == MOE_OP_ROUTE         ? &call->router_logits
+                             : call->operation == MOE_OP_ALIGN       ? &call->topk_ids
+                             : call->operation == MOE_OP_ALIGN_BLOCK ? &call->topk_ids
+                             : call->operation == MOE_OP_GATE_UP     ? &call->hidden_states
+                             : call->operation == MOE_OP_DOWN        ? &call->intermediate
+                                                                     : &call->rows;
     const run r = make_run(call, plan, like, stream, err);
     switch (call->operation) {
     case MOE_OP_ALIGN:
         return run_align_alone(&r); /* also of no tokens: expert_offsets are written */
+    case MOE_OP_ALIGN_BLOCK:
+        return run_align_block(&r);
     case MOE_OP_ROUTE:
         return plan->problem.num_tokens ? run_route_alone(&r) : MOE_OK;
     case MOE_OP_GATE_UP:

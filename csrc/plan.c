@@ -259,21 +259,22 @@ static int64_t most_tiles(const moe_problem *p, int64_t num_slots, int32_t tile_
 static void lay_out(const moe_plan *plan, int64_t chunk_tokens, moe_workspace *w)
 {
     const moe_problem *p = &plan->problem;
-    const bool gpu = plan->backend == MOE_CUDA, layer = is_layer(p);
-    const bool list =
-        gpu && (needs(p, MOE_OP_ALIGN) || needs(p, MOE_OP_GATE_UP) || needs(p, MOE_OP_DOWN));
+    const bool gpu = plan->backend == MOE_CUDA, layer = is_layer(p),
+               block = p->operation == MOE_OP_ALIGN_BLOCK;
+    const bool list = gpu && (block || needs(p, MOE_OP_ALIGN) || needs(p, MOE_OP_GATE_UP) ||
+                              needs(p, MOE_OP_DOWN));
     const int64_t slots = chunk_tokens * p->topk, bytes = moe_dtype_bytes(p->dtype);
     const int32_t blocks = align_blocks(plan, slots);
     int64_t total = 0;
     w->topk_weights = take(&total, layer && p->routed, slots * 4);
     w->topk_ids = take(&total, layer && p->routed, slots * 4);
-    w->expert_offsets = take(&total, layer, (p->num_experts + 1) * 4);
-    w->sorted_token_ids = take(&total, layer, slots * 4);
-    w->row_of_slot = take(&total, layer, slots * 4);
+    w->expert_offsets = take(&total, layer || block, (p->num_experts + 1) * 4);
+    w->sorted_token_ids = take(&total, layer || block, slots * 4);
+    w->row_of_slot = take(&total, layer || block, slots * 4);
     w->tiles =
         take(&total, list, most_tiles(p, slots, SMALLEST_TILE_ROWS) * (int64_t)sizeof(moe_tile));
     w->num_tiles = take(&total, list, 4);
-    w->counts = take(&total, gpu && needs(p, MOE_OP_ALIGN) && blocks > 1,
+    w->counts = take(&total, gpu && (block || needs(p, MOE_OP_ALIGN)) && blocks > 1,
                      (int64_t)blocks * p->num_experts * 4);
     w->intermediate = take(&total, layer, slots * plan->intermediate_stride * bytes);
     w->rows = take(&total, layer, slots * plan->rows_stride * bytes);

@@ -305,6 +305,162 @@ static int check_workspace(const moe_call *c, const char *like_name, const moe_t
     return check_device("workspace", &c->workspace, like_name, like, err);
 }
 
+/* ---- routing --------------------------------------------------------------------------------- */
+
+/* One optional tensor that routing reads: kind, dtype, shape and device. */
+static int check_routing_tensor(const expectation *want, const char *like_name,
+                                const moe_tensor *like, moe_error *err)
+{
+    if (!tensor_present(want->tensor)) return MOE_OK;
+    if (check_tensor(want, err)) return err->status;
+    return check_device(want->name, want->tensor, like_name, like, err);
+}
+
+static int check_expert_groups(const moe_options *o, const moe_route_method *m, int64_t experts,
+                               moe_error *err)
+{
+    const int64_t groups = o->num_groups, kept = o->topk_groups;
+    if (m->groups == MOE_GROUPS_NONE) {
+        if (groups || kept)
+            return moe_fail(err, MOE_ERROR_VALUE,
+                            "%s: expected None with method '%s', got %" PRId64,
+                            groups ? "num_groups" : "topk_groups", m->name, groups ? groups : kept);
+        return MOE_OK;
+    }
+    if (check_extent("num_groups", "a number of groups", groups, 1, MOE_MAX_TOPK, err))
+        return err->status;
+    if (experts % groups)
+        return moe_fail(err, MOE_ERROR_VALUE,
+                        "num_groups: expected a divisor of %" PRId64 " experts, got %" PRId64,
+                        experts, groups);
+    if (m->groups == MOE_GROUPS_QUOTA) {
+        if (kept)
+            return moe_fail(err, MOE_ERROR_VALUE,
+                            "topk_groups: expected None with method '%s', got %" PRId64, m->name,
+                            kept);
+        if (o->topk % groups)
+            return moe_fail(err, MOE_ERROR_VALUE,
+                            "topk: expected a multiple of num_groups %" PRId64
+                            " with method '%s', got %" PRId64,
+                            groups, m->name, o->topk);
+        return MOE_OK;
+    }
+    if (m->groups == MOE_GROUPS_TOP2 && experts / groups < 2)
+        return moe_fail(err, MOE_ERROR_VALUE,
+                        "num_groups: expected two experts or more in a group with method '%s', "
+                        "got %" PRId64 " groups of %" PRId64 " experts",
+                        m->name, groups, experts);
+    if (check_extent("topk_groups", "a number of groups", kept, 1, groups, err)) return err->status;
+    if (o->topk > kept * (experts / groups))
+        return moe_fail(err, MOE_ERROR_VALUE,
+                        "topk: expected at most the %" PRId64 " experts of topk_groups groups, got "
+                        "%" PRId64,
+                        kept * (experts / groups), o->topk);
+    return MOE_OK;
+}
+
+static int check_routing_scalars(const moe_options *o, const moe_route_method *m, moe_error *err)
+{
+    const int renormalize = o->renormalize;
+    if ((m->renormalize == MOE_RENORMALIZE_NEVER && renormalize == 1) ||
+        (m->renormalize == MOE_RENORMALIZE_ALWAYS && renormalize == 0))
+        return moe_fail(err, MOE_ERROR_VALUE,
+                        "renormalize: expected %s or None with method '%s', got %s",
+                        renormalize ? "False" : "True", m->name, renormalize ? "True" : "False");
+    if (m->score == MOE_SCORE_SPARSEMIXER && o->topk > 2)
+        return moe_fail(err, MOE_ERROR_VALUE,
+                        "topk: expected 1 or 2 with method '%s', got %" PRId64, m->name, o->topk);
+    if (o->method == MOE_ROUTE_llama4 && o->topk != 1)
+        return moe_fail(err, MOE_ERROR_VALUE, "topk: expected 1 with method '%s', got %" PRId64,
+                        m->name, o->topk);
+    if (!isfinite((float)o->softcap) || o->softcap < 0)
+        return moe_fail(err, MOE_ERROR_VALUE, "softcap: expected a finite number above 0, got %g",
+                        o->softcap);
+    if (!isfinite((float)o->shared_weight))
+        return moe_fail(err, MOE_ERROR_VALUE,
+                        "shared_weight: expected a finite number (float32), got %g",
+                        o->shared_weight);
+    const bool sink = o->num_shared > 0 && o->shared == MOE_SHARED_SINK;
+    if (sink != (o->method == MOE_ROUTE_sigmoid_bias_sink))
+        return moe_fail(err, MOE_ERROR_VALUE,
+                        "shared_weight: expected 'sink' and num_fused_shared_experts above 0 with "
+                        "method 'sigmoid_bias_sink' and nowhere else, got method '%s'",
+                        m->name);
+    return MOE_OK;
+}
+
+/* router_logits and all that goes with them. experts: the routed columns; slots: topk and the shared ones. */
+static int check_routing(const moe_call *c, const char *like_name, const moe_tensor *like,
+                         int64_t *experts, int64_t *slots, moe_error *err)
+{
+    const moe_options *o = &c->options;
+    const moe_route_method *m = &moe_route_methods[o->method];
+    const moe_tensor *l = &c->router_logits;
+    const int64_t num_tokens = l->shape[0], columns = l->shape[1];
+    if (check_extent("num_fused_shared_experts", "a number of experts", o->num_shared, 0,
+                     MOE_MAX_TOPK - 1, err))
+        return err->status;
+    const int64_t gates = o->shared >= MOE_SHARED_GATE ? o->num_shared : 0, e = columns - gates;
+    if (check_extent("router_logits", gates ? "columns without those of shared experts" : "columns",
+                     e, 1, MOE_MAX_EXPERTS, err))
+        return err->status;
+    if (check_extent("topk", "a number of experts", o->topk, 1, e < MOE_MAX_TOPK ? e : MOE_MAX_TOPK,
+                     err))
+        return err->status;
+    if (check_extent("num_fused_shared_experts", "topk and the shared experts together",
+                     o->topk + o->num_shared, 1, MOE_MAX_TOPK, err))
+        return err->status;
+    if (check_extent("num_zero_experts", "a number of experts", o->num_zero_experts, 0, e - 1, err))
+        return err->status;
+    if (check_routing_scalars(o, m, err) || check_expert_groups(o, m, e, err)) return err->status;
+    if ((m->bias == MOE_BIAS_NONE) == tensor_present(&c->correction_bias))
+        return moe_fail(err, MOE_ERROR_VALUE, "correction_bias: expected %s with method '%s'",
+                        m->bias == MOE_BIAS_NONE ? "None" : "a tensor [num_experts]", m->name);
+    if ((m->ids == MOE_IDS_TABLE) != tensor_present(&c->tid2eid))
+        return moe_fail(err, MOE_ERROR_VALUE, "tid2eid: expected %s with method '%s'",
+                        m->ids == MOE_IDS_TABLE ? "a table [rows, topk]" : "None", m->name);
+    if (tensor_present(&c->token_ids) != (o->method == MOE_ROUTE_hash))
+        return moe_fail(err, MOE_ERROR_VALUE, "token_ids: expected %s with method '%s'",
+                        o->method == MOE_ROUTE_hash ? "a tensor [num_tokens]" : "None", m->name);
+    const int64_t rows = o->method == MOE_ROUTE_forced ? num_tokens : -1;
+    const expectation wants[] = {
+        {"correction_bias",
+         &c->correction_bias,
+         {MOE_F32, MOE_BF16, MOE_F16},
+         1,
+         {e},
+         "[num_experts]",
+         false},
+        {"expert_scale", &c->expert_scale, {MOE_F32}, 1, {e}, "[num_experts]", false},
+        {"num_token_non_padded", &c->num_token_non_padded, {MOE_I32}, 1, {1}, "[1]", false},
+        {"expert_map", &c->routing_map, {MOE_I32}, 1, {-1}, "[physical experts]", false},
+        {"replica_map",
+         &c->replica_map,
+         {MOE_I32},
+         2,
+         {e - o->num_zero_experts, -1},
+         "[num_experts, replicas]",
+         false},
+        {"tid2eid",
+         &c->tid2eid,
+         {MOE_I32, MOE_I64},
+         2,
+         {rows, o->topk},
+         rows < 0 ? "[vocabulary, topk]" : "[num_tokens, topk]",
+         false},
+        {"token_ids", &c->token_ids, {MOE_I32, MOE_I64}, 1, {num_tokens}, "[num_tokens]", false}};
+    for (size_t i = 0; i < sizeof wants / sizeof *wants; ++i)
+        if (check_routing_tensor(&wants[i], like_name, like, err)) return err->status;
+    if (tensor_present(&c->routing_map) && !tensor_present(&c->replica_map) &&
+        c->routing_map.shape[0] < e - o->num_zero_experts)
+        return moe_fail(err, MOE_ERROR_VALUE,
+                        "expert_map: expected %" PRId64 " ids or more, got %" PRId64,
+                        e - o->num_zero_experts, c->routing_map.shape[0]);
+    *experts = e;
+    *slots = o->topk + o->num_shared;
+    return MOE_OK;
+}
+
 /* hidden_states or intermediate decide the dtype and the device of a call */
 static int check_activations(const char *name, const moe_tensor *t, const char *text,
                              moe_error *err)
@@ -400,19 +556,15 @@ static int validate_layer(const moe_call *c, moe_problem *p, moe_error *err)
                                     "[num_tokens, num_experts]",
                                     false};
         if (check_tensor(&logits, err)) return err->status;
-        router_experts = l->shape[1];
-        topk = o->topk;
-        bool global = tensor_present(&c->expert_map) || o->has_expert_start;
-        if (!global && router_experts != num_experts)
+        if (check_routing(c, "hidden_states", x, &router_experts, &topk, err)) return err->status;
+        bool global = tensor_present(&c->expert_map) || o->has_expert_start ||
+                      tensor_present(&c->routing_map) || tensor_present(&c->replica_map);
+        const int64_t routed = router_experts - o->num_zero_experts + o->num_shared;
+        if (!global && routed != num_experts)
             return moe_fail(err, MOE_ERROR_VALUE,
                             "router_logits: expected %" PRId64 " columns like w13 (or expert_map / "
                             "expert_start), got %" PRId64,
-                            num_experts, router_experts);
-        if (check_extent("router_logits", "columns", router_experts, 1, MOE_MAX_EXPERTS, err))
-            return err->status;
-        if (check_extent("topk", "a number of experts", topk, 1,
-                         router_experts < MOE_MAX_TOPK ? router_experts : MOE_MAX_TOPK, err))
-            return err->status;
+                            num_experts, routed);
     } else {
         const expectation ids = {"topk_ids", &c->topk_ids,     {MOE_I32, MOE_I64},
                                  2,          {num_tokens, -1}, "[num_tokens, topk]",
@@ -475,6 +627,13 @@ static int validate_layer(const moe_call *c, moe_problem *p, moe_error *err)
                                 {"w2_bias", &c->w2_bias},
                                 {"shared_output", &c->shared_output},
                                 {"expert_map", &c->expert_map},
+                                {"correction_bias", &c->correction_bias},
+                                {"expert_scale", &c->expert_scale},
+                                {"num_token_non_padded", &c->num_token_non_padded},
+                                {"expert_map", &c->routing_map},
+                                {"replica_map", &c->replica_map},
+                                {"tid2eid", &c->tid2eid},
+                                {"token_ids", &c->token_ids},
                                 {"out", &c->out},
                                 {"workspace", &c->workspace}};
     enum { NUM_ALL = sizeof all / sizeof *all, OUT = NUM_ALL - 2, WORKSPACE = NUM_ALL - 1 };
@@ -519,17 +678,13 @@ static int validate_route(const moe_call *c, moe_problem *p, moe_error *err)
                                 "[num_tokens, num_experts]",
                                 false};
     if (check_tensor(&logits, err)) return err->status;
-    int64_t num_tokens = l->shape[0], experts = l->shape[1], topk = c->options.topk;
-    if (check_extent("router_logits", "columns", experts, 1, MOE_MAX_EXPERTS, err))
-        return err->status;
-    if (check_extent("topk", "a number of experts", topk, 1,
-                     experts < MOE_MAX_TOPK ? experts : MOE_MAX_TOPK, err))
-        return err->status;
+    int64_t num_tokens = l->shape[0], experts = 0, topk = 0;
+    if (check_routing(c, "router_logits", l, &experts, &topk, err)) return err->status;
     if (check_slots("router_logits", num_tokens, topk, err)) return err->status;
     if (check_scale(&c->options, err)) return err->status;
     const expectation outs[] = {{"out_weights",
                                  &c->topk_weights,
-                                 {MOE_F32},
+                                 {MOE_F32, MOE_BF16, MOE_F16},
                                  2,
                                  {num_tokens, topk},
                                  "[num_tokens, topk]",
@@ -541,13 +696,23 @@ static int validate_route(const moe_call *c, moe_problem *p, moe_error *err)
                                  {num_tokens, topk},
                                  "[num_tokens, topk]",
                                  true}};
-    const named_tensor all[] = {
-        {"router_logits", l}, {"out_weights", &c->topk_weights}, {"out_ids", &c->topk_ids}};
+    const named_tensor all[] = {{"router_logits", l},
+                                {"correction_bias", &c->correction_bias},
+                                {"expert_scale", &c->expert_scale},
+                                {"num_token_non_padded", &c->num_token_non_padded},
+                                {"expert_map", &c->routing_map},
+                                {"replica_map", &c->replica_map},
+                                {"tid2eid", &c->tid2eid},
+                                {"token_ids", &c->token_ids},
+                                {"out_weights", &c->topk_weights},
+                                {"out_ids", &c->topk_ids}};
+    enum { FIRST_OUT = sizeof all / sizeof *all - 2 };
     for (int i = 0; i < 2; ++i) {
         if (!tensor_present(outs[i].tensor)) continue;
         if (check_tensor(&outs[i], err)) return err->status;
         if (check_device(outs[i].name, outs[i].tensor, "router_logits", l, err)) return err->status;
-        if (check_overlap(&all[i + 1], all, i + 1, NULL, 0, err)) return err->status;
+        if (check_overlap(&all[FIRST_OUT + i], all, FIRST_OUT + i, NULL, 0, err))
+            return err->status;
     }
     p->num_tokens = num_tokens;
     p->topk = (int32_t)topk;
@@ -622,6 +787,70 @@ static int validate_align(const moe_call *c, moe_problem *p, moe_error *err)
     p->vector_bytes = p->out_vector_bytes = 2;
     p->deterministic = 1;
     return MOE_OK;
+}
+
+static int validate_align_block(const moe_call *c, moe_problem *p, moe_error *err)
+{
+    const moe_tensor *ids = &c->topk_ids;
+    const expectation want = {"topk_ids",           ids,  {MOE_I32, MOE_I64}, 2, {-1, -1},
+                              "[num_tokens, topk]", false};
+    if (check_tensor(&want, err)) return err->status;
+    const int64_t num_tokens = ids->shape[0], topk = ids->shape[1], experts = c->num_experts;
+    if (check_slots("topk_ids", num_tokens, topk, err)) return err->status;
+    if (check_extent("num_experts", "a number of experts", experts, 1, MOE_MAX_EXPERTS, err))
+        return err->status;
+    if (check_expert_start(&c->options, err)) return err->status;
+    if (check_expert_map(c, "topk_ids", ids, err)) return err->status;
+    const expectation counts = {"out", &c->counts, {MOE_I32}, 1, {experts}, "[num_experts]", true};
+    const expectation outs[] = {
+        {"out_sorted_token_ids", &c->sorted_token_ids, {MOE_I32}, 1, {-1}, "[capacity]", true},
+        {"out_expert_ids", &c->expert_ids, {MOE_I32}, 1, {-1}, "[blocks]", true},
+        {"out_num_tokens_post_padded", &c->num_tokens_post_padded, {MOE_I32}, 1, {1}, "[1]", true},
+        counts,
+        {"workspace", &c->workspace, {MOE_U8}, 1, {-1}, "[bytes]", true}};
+    const named_tensor all[] = {{"topk_ids", ids},
+                                {"expert_map", &c->expert_map},
+                                {"out_sorted_token_ids", &c->sorted_token_ids},
+                                {"out_expert_ids", &c->expert_ids},
+                                {"out_num_tokens_post_padded", &c->num_tokens_post_padded},
+                                {"out", &c->counts},
+                                {"workspace", &c->workspace}};
+    int64_t capacity = 0;
+    if (c->function[0] == 'a') { /* align_block_size */
+        if (check_extent("block_size", "rows of a block", c->block_size, 1, 256, err))
+            return err->status;
+        capacity = moe_padded_rows(num_tokens * topk, experts, c->block_size);
+        if (check_extent("topk_ids", "rows with padding", capacity, 0, MAX_SLOTS, err))
+            return err->status;
+    }
+    for (int i = 0; i < 5; ++i) {
+        const moe_tensor *t = outs[i].tensor;
+        if (!tensor_present(t)) continue;
+        if (check_tensor(&outs[i], err)) return err->status;
+        if (check_device(outs[i].name, t, "topk_ids", ids, err)) return err->status;
+        if (check_overlap(&all[i + 2], all, i + 2, NULL, 0, err)) return err->status;
+        const int64_t least = i == 0 ? capacity : i == 1 ? capacity / c->block_size : 0;
+        if (t->shape[0] < least)
+            return moe_fail(err, MOE_ERROR_VALUE,
+                            "%s: expected at least %" PRId64 " elements, got %" PRId64,
+                            outs[i].name, least, t->shape[0]);
+    }
+    p->num_tokens = num_tokens;
+    p->topk = (int32_t)topk;
+    p->num_experts = (int32_t)experts;
+    p->hidden_size = p->intermediate_size = 1;
+    p->dtype = MOE_BF16;
+    p->ids_dtype = ids->dtype;
+    p->gated = 1;
+    p->vector_bytes = p->out_vector_bytes = 2;
+    p->deterministic = 1;
+    return MOE_OK;
+}
+
+int64_t moe_padded_rows(int64_t num_slots, int64_t num_experts, int64_t block_size)
+{
+    const int64_t hit = num_slots < num_experts ? num_slots : num_experts;
+    return (num_slots + hit * (block_size - 1)) / block_size * block_size;
 }
 
 /* expert_offsets and sorted_token_ids of gate_up and down alone */
@@ -829,6 +1058,8 @@ int moe_validate(const moe_call *call, moe_problem *problem, moe_error *err)
         return validate_route(call, problem, err);
     case MOE_OP_ALIGN:
         return validate_align(call, problem, err);
+    case MOE_OP_ALIGN_BLOCK:
+        return validate_align_block(call, problem, err);
     case MOE_OP_GATE_UP:
         return validate_gate_up(call, problem, err);
     case MOE_OP_DOWN:

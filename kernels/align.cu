@@ -9,6 +9,7 @@
  * Math   integers; a slot's row is the number of slots before it in (expert, slot) order: the same every run
  * Grid   num_blocks == 1: moe_align_one, one block. Else moe_align_count (num_blocks), moe_align_scan (one),
  *        moe_align_place (num_blocks). moe_align_tiles (one): the tiles of given expert_offsets.
+ *        moe_align_pad (any): counts, and the rows padded to blocks, from given offsets and rows.
  *        MOE_ALIGN_THREADS each, at most 48 KB of static shared memory
  * Needs  num_experts 1 .. 1024, num_slots < 2^31, max_tiles tiles of room
  * Cost   at decode latency: four block barriers and three dependent loads */
@@ -420,4 +421,60 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         smem.start[expert] = first;
     }
     write_tiles(args, smem, rows);
+}
+
+// Every block makes all starts again: a scan of a few hundred counts is shorter than a launch.
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+    moe_align_pad(const __grid_constant__ moe_pad_args args)
+{
+    __shared__ shared smem;
+    grid_dependency_wait();
+    grid_launch_dependents();
+    int32_t padded[kThreadExperts];
+    int64_t sum = 0, total;
+#pragma unroll
+    for (int i = 0; i < kThreadExperts; ++i) {
+        int32_t expert = threadIdx.x * kThreadExperts + i, count = 0;
+        if (expert < args.num_experts) {
+            int32_t first = args.expert_offsets[expert];
+            count = args.expert_offsets[expert + 1] - first;
+            smem.start[expert] = first;
+            if (args.counts && blockIdx.x == 0) args.counts[expert] = count;
+        }
+        smem.rows[expert] = count;
+        padded[i] = (count / args.block_size + (count % args.block_size != 0)) * args.block_size;
+        sum += padded[i];
+    }
+    int64_t at = block_scan(smem, sum, total);
+#pragma unroll
+    for (int i = 0; i < kThreadExperts; ++i) {
+        smem.tile_start[threadIdx.x * kThreadExperts + i] = static_cast<int32_t>(at);
+        at += padded[i];
+    }
+    __syncthreads();
+    if (!args.sorted_token_ids) return;
+    if (threadIdx.x == 0 && blockIdx.x == 0)
+        *args.num_tokens_post_padded = static_cast<int32_t>(total);
+    int64_t end = args.fill ? args.capacity : min(total, args.capacity);
+    int64_t stride = static_cast<int64_t>(gridDim.x) * kThreads;
+    int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+    // The last expert whose rows start at or before p; those without rows start where the next one does.
+    auto expert_at = [&](int64_t p) {
+        int32_t expert = 0;
+#pragma unroll
+        for (int32_t bit = kMaxExperts / 2; bit > 0; bit /= 2)
+            if (smem.tile_start[expert + bit] <= p) expert += bit;
+        return expert;
+    };
+    for (int64_t p = first; p < end; p += stride) {
+        int32_t slot = static_cast<int32_t>(args.num_slots);
+        if (p < total) {
+            int32_t expert = expert_at(p);
+            int64_t within = p - smem.tile_start[expert];
+            if (within < smem.rows[expert]) slot = args.rows[smem.start[expert] + within];
+        }
+        args.sorted_token_ids[p] = slot;
+    }
+    for (int64_t b = first; b < args.num_blocks; b += stride)
+        args.expert_ids[b] = b * args.block_size < total ? expert_at(b * args.block_size) : -1;
 }

@@ -58,10 +58,33 @@ enum {
     MOE_CLAMP_BEFORE /* silu(min(g, limit)) * clamp(u, -limit, limit) */
 };
 
-/* Routing methods: rows of one table later (routing.py names them). */
+/* Routing: the values of the knobs, and the methods, which are points in their product (route_methods.def). */
 enum {
-    MOE_ROUTE_SOFTMAX_TOPK = 0, /* softmax over all experts, then the topk largest */
-    MOE_ROUTE_TOPK_SOFTMAX,     /* the same, weights divided by their sum */
+    MOE_SCORE_SOFTMAX = 0,
+    MOE_SCORE_SIGMOID,
+    MOE_SCORE_SQRT_SOFTPLUS,
+    MOE_SCORE_SPARSEMIXER,
+    MOE_SCORE_CONSTANT
+};
+enum { MOE_KEY_LOGIT = 0, MOE_KEY_SCORE, MOE_KEY_UNIFORM, MOE_KEY_ZIPF };
+enum { MOE_BIAS_NONE = 0, MOE_BIAS_KEY, MOE_BIAS_LOGIT };
+enum { MOE_GROUPS_NONE = 0, MOE_GROUPS_MAX, MOE_GROUPS_TOP2, MOE_GROUPS_QUOTA };
+enum { MOE_IDS_LARGEST = 0, MOE_IDS_TABLE, MOE_IDS_ROUND_ROBIN };
+enum { MOE_RENORMALIZE_NEVER = 0, MOE_RENORMALIZE_ALWAYS, MOE_RENORMALIZE_OFF, MOE_RENORMALIZE_ON };
+
+/* What the slots of the shared experts weigh. */
+enum {
+    MOE_SHARED_SUM =
+        0, /* scale * (the sum of the routed weights / scale), after renormalisation: 1 */
+    MOE_SHARED_CONSTANT, /* shared_weight */
+    MOE_SHARED_GATE,     /* the sigmoid of a column of its own, behind those of the experts */
+    MOE_SHARED_SINK      /* the same, in one sum with the routed ones */
+};
+
+enum {
+#define MOE_ROUTE_METHOD(name, score, key, bias, groups, ids, renormalize) MOE_ROUTE_##name,
+#include "route_methods.def"
+#undef MOE_ROUTE_METHOD
     MOE_ROUTE_COUNT
 };
 
@@ -73,21 +96,51 @@ typedef struct moe_tile {
     int32_t reserved; /* 0 */
 } moe_tile;
 
-/* Stage 1, route: topk_weights, topk_ids = select(router_logits) */
+/* Stage 1, route: topk_weights, topk_ids = select(router_logits). Slots are the topk routed ones, then those of
+ * the shared experts: num_slots of them. What is 0 or NULL has no effect. */
 typedef struct moe_route_args {
-    const void *router_logits; /* [num_tokens, num_experts] logits_dtype */
-    void *topk_weights;        /* [num_tokens, topk] f32, written */
-    void *topk_ids;            /* [num_tokens, topk] ids_dtype, written */
-    int64_t logits_stride;     /* from row to row */
+    const void *router_logits;   /* [num_tokens, num_experts + gate columns of shared experts] */
+    void *topk_weights;          /* [num_tokens, num_slots] weights_dtype, written */
+    void *topk_ids;              /* [num_tokens, num_slots] ids_dtype, written; -1: dropped */
+    const void *correction_bias; /* [num_experts] bias_dtype */
+    const float *expert_scale;   /* [num_experts], times the weight */
+    const int32_t *num_token_non_padded; /* [1]; tokens from there on: id -1, weight 0 */
+    const int32_t *replica_map;          /* [num_experts, num_replicas], -1 behind the last one */
+    const int32_t *expert_map;           /* [expert_map_size], after replica_map */
+    const void *tid2eid;                 /* [tid_rows, topk] tid_dtype */
+    const void *token_ids;               /* [num_tokens] token_ids_dtype, rows of tid2eid */
+    int64_t logits_stride;               /* from row to row */
     int64_t weights_stride;
     int64_t ids_stride;
+    int64_t replica_stride;
+    int64_t tid_stride;
+    int64_t tid_rows;
+    int64_t expert_map_size;
     int64_t num_tokens;
-    int32_t num_experts;  /* columns of router_logits, 1 .. 1024 */
-    int32_t topk;         /* 1 .. 32 */
-    int32_t logits_dtype; /* MOE_F32, MOE_BF16, MOE_F16 */
-    int32_t ids_dtype;    /* MOE_I32, MOE_I64 */
-    int32_t method;       /* MOE_ROUTE_* */
-    float scale;          /* multiplies the weights last */
+    int64_t first_token; /* number of the first row, where a call is done in chunks */
+    int32_t num_experts; /* 1 .. 1024 */
+    int32_t topk;        /* routed: 1 .. 32 */
+    int32_t num_slots;   /* topk + shared experts, 1 .. 32 */
+    int32_t num_replicas;
+    int32_t num_zero_experts; /* the last of num_experts: id -1, but weighted */
+    int32_t num_groups;       /* 0 .. 32; 0: none */
+    int32_t topk_groups;
+    int32_t logits_dtype;    /* MOE_F32, MOE_BF16, MOE_F16 */
+    int32_t weights_dtype;   /* the same */
+    int32_t bias_dtype;      /* the same */
+    int32_t ids_dtype;       /* MOE_I32, MOE_I64 */
+    int32_t tid_dtype;       /* the same */
+    int32_t token_ids_dtype; /* the same */
+    int32_t method;          /* MOE_ROUTE_*; the knobs of its row follow */
+    int32_t score, key, bias, groups, ids;
+    int32_t renormalize; /* 0 or 1 */
+    int32_t shared;      /* MOE_SHARED_* */
+    int32_t
+        general; /* 0: nothing but a softmax, perhaps renormalised, and a scale: the short kernel */
+    float scale; /* multiplies the weights last */
+    float shared_weight;
+    float softcap; /* logits = softcap * tanh(logits / softcap); 0: none */
+    int32_t reserved;
 } moe_route_args;
 
 /* Stage 2, align: rows grouped by expert, stable by slot; the same bits every run.
@@ -113,6 +166,24 @@ typedef struct moe_align_args {
     int32_t max_tiles;  /* capacity of tiles */
     int32_t num_blocks; /* thread blocks that share the slots; 1: one launch does all */
 } moe_align_args;
+
+/* After align: the same rows with every expert's padded to a multiple of block_size, and how many there are.
+ * Outputs that are NULL are not wanted. */
+typedef struct moe_pad_args {
+    const int32_t *expert_offsets; /* [num_experts + 1], of align */
+    const int32_t *rows;           /* [num_slots], of align: row -> slot */
+    int32_t *counts;               /* [num_experts], written: rows of an expert, or NULL */
+    int32_t *sorted_token_ids;     /* [capacity], written: slots, num_slots where padded, or NULL */
+    int32_t *expert_ids;           /* [num_blocks], written: of a block, -1 past the last */
+    int32_t *num_tokens_post_padded; /* [1], written */
+    int64_t num_slots;
+    int64_t capacity;
+    int64_t num_blocks;
+    int32_t num_experts;
+    int32_t block_size;
+    int32_t fill; /* 1: sorted_token_ids is padded to its end, 0: to num_tokens_post_padded */
+    int32_t reserved;
+} moe_pad_args;
 
 /* Stage 3, gate_up: intermediate[r] = act(x[token(r)] . w13[e]^T + w13_bias[e]), in f32, rounded once */
 typedef struct moe_gate_up_args {
@@ -225,8 +296,9 @@ typedef struct moe_combine_args {
     _Static_assert(sizeof(type) == (bytes), "C and CUDA agree on " #type)
 #endif
 MOE_ASSERT_SIZE(moe_tile, 16);
-MOE_ASSERT_SIZE(moe_route_args, 80);
+MOE_ASSERT_SIZE(moe_route_args, 256);
 MOE_ASSERT_SIZE(moe_align_args, 120);
+MOE_ASSERT_SIZE(moe_pad_args, 88);
 MOE_ASSERT_SIZE(moe_gate_up_args, 192);
 MOE_ASSERT_SIZE(moe_down_args, 168);
 MOE_ASSERT_SIZE(moe_combine_args, 88);

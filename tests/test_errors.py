@@ -460,7 +460,7 @@ TABLE = [
     ("route", {"router_logits": zeros(E, dtype=F32)}, VALUE),
     ("route", {"router_logits": zeros(T, 1025, dtype=F32)}, VALUE),
     ("route", {"router_logits": zeros(T, 0, dtype=F32)}, VALUE),
-    ("route", {"out_weights": zeros(T, K, dtype=BF16)}, TYPE),
+    ("route", {"out_weights": zeros(T, K, dtype=np.int32)}, TYPE),
     ("route", {"out_weights": zeros(T, K + 1, dtype=F32)}, VALUE),
     ("route", {"out_weights": read_only(T, K, dtype=F32)}, VALUE),
     ("route", {"out_ids": zeros(T, K, dtype=F32)}, TYPE),
@@ -689,11 +689,9 @@ def test_experts_has_no_subclasses_and_no_new_attributes():
         Experts(layer.w13, layer.w2).anything = 1
 
 
-def test_quantize_and_align_block_size_are_reserved():
+def test_quantize_is_reserved():
     with pytest.raises(NotImplementedError, match="quantize"):
         fusedmoe.quantize(np.zeros((2, 128), BF16), quant="fp8_block")
-    with pytest.raises(NotImplementedError, match="align_block_size"):
-        fusedmoe.align_block_size(np.zeros((2, 2), np.int32), 64, 4)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -713,26 +711,34 @@ def test_quantize_and_align_block_size_are_reserved():
         ({"topk": None}, TYPE),
         ({"method": "best"}, VALUE),
         ({"method": 1}, TYPE),
-        ({"method": "sigmoid_bias"}, NOT),
-        ({"method": "softmax_grouped"}, NOT),
         ({"renormalize": 1}, TYPE),
         ({"renormalize": False, "method": "topk_softmax"}, VALUE),
         ({"routed_scaling_factor": "1"}, TYPE),
         ({"routed_scaling_factor": float("nan")}, VALUE),
         ({"ids_dtype": "int16"}, TYPE),
-        ({"weights_dtype": "bfloat16"}, NOT),
-        ({"correction_bias": np.zeros(4)}, NOT),
-        ({"num_groups": 8}, NOT),
-        ({"topk_groups": 4}, NOT),
-        ({"num_fused_shared_experts": 1}, NOT),
-        ({"shared_weight": 1.0}, NOT),
-        ({"num_token_non_padded": np.zeros(1)}, NOT),
-        ({"expert_map": np.zeros(4)}, NOT),
-        ({"replica_map": np.zeros(4)}, NOT),
-        ({"tid2eid": np.zeros(4)}, NOT),
-        ({"token_ids": np.zeros(4)}, NOT),
-        ({"expert_scale": np.zeros(4)}, NOT),
-        ({"softcap": 30.0}, NOT),
+        ({"weights_dtype": "float64"}, TYPE),
+        ({"correction_bias": np.zeros(4)}, VALUE),
+        ({"correction_bias": None, "method": "sigmoid_bias"}, VALUE),
+        ({"num_groups": 8}, VALUE),
+        ({"num_groups": 2.0, "method": "softmax_grouped", "topk_groups": 1}, TYPE),
+        ({"num_groups": 33, "method": "softmax_grouped", "topk_groups": 1}, VALUE),
+        ({"topk_groups": 4}, VALUE),
+        ({"topk_groups": 4, "num_groups": 2, "method": "softmax_grouped"}, VALUE),
+        ({"topk": 3, "num_groups": 2, "method": "softmax_quota"}, VALUE),
+        ({"topk": 2, "method": "llama4"}, VALUE),
+        ({"topk": 3, "method": "sparsemixer"}, VALUE),
+        ({"num_fused_shared_experts": -1}, VALUE),
+        ({"num_fused_shared_experts": 31}, VALUE),
+        ({"num_zero_experts": -1}, VALUE),
+        ({"shared_weight": 1.0}, VALUE),
+        ({"shared_weight": "all", "num_fused_shared_experts": 1}, VALUE),
+        ({"shared_weight": float("inf"), "num_fused_shared_experts": 1}, VALUE),
+        ({"shared_weight": "sink", "num_fused_shared_experts": 1}, VALUE),
+        ({"tid2eid": np.zeros(4)}, VALUE),
+        ({"tid2eid": None, "method": "forced"}, VALUE),
+        ({"token_ids": np.zeros(4)}, VALUE),
+        ({"softcap": 0.0}, VALUE),
+        ({"softcap": "30"}, TYPE),
     ],
     ids=lambda v: "-".join(v) if isinstance(v, dict) else v.__name__,
 )

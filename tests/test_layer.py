@@ -529,7 +529,7 @@ def test_deterministic_false_is_accepted(backend, seed):
 
 
 @pytest.mark.small
-@pytest.mark.parametrize("method", reference.METHODS)
+@pytest.mark.parametrize("method", ["softmax_topk", "topk_softmax"])
 @pytest.mark.parametrize("logits_dtype", [F32, BF16, F16], ids=str)
 @DTYPES
 def test_fused_moe(backend, seed, rng, dtype, logits_dtype, method):
@@ -597,7 +597,7 @@ def test_fused_moe_on_one_rank(backend, seed, rng, how):
 
 
 def test_fused_moe_with_bad_logits(backend, seed, rng):
-    """NaN logits of one token spoil that token; its ids stay in range, so nothing else happens."""
+    """NaN logits of one token concern that token alone: its weights are 0, so it gets zeros."""
     layer = make_layer(seed, 20, 48, 32, 8, 4)
     logits = rng.standard_normal((20, 8)).astype(F32)
     tensors, _ = put_layer(backend, layer)
@@ -607,7 +607,7 @@ def test_fused_moe_with_bad_logits(backend, seed, rng):
     logits[9, :] = np.nan
     got = backend.get(fused_moe(*args, backend.put(logits), routing=Routing(4)))
     assert same_bits(np.delete(got, [7, 9], 0), np.delete(clean, [7, 9], 0))
-    assert np.isnan(got[[7, 9]].astype(np.float32)).all()
+    assert (got[[7, 9]] == 0).all()
 
 
 # -------------------------------------------------------------------------------------------------

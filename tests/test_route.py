@@ -17,7 +17,7 @@ def assert_routed(logits, topk, method, weights, ids, scale=1.0):
     assert weights.shape == want_weights.shape and ids.shape == want_ids.shape
     wrong = np.argwhere(ids != want_ids)
     assert not len(wrong), f"ids differ at {wrong[0]}: {ids[wrong[0][0]]}, {want_ids[wrong[0][0]]}"
-    assert (np.isnan(weights) == np.isnan(want_weights)).all()
+    assert np.isfinite(weights).all()
     finite = logits.astype(np.float64)
     finite = finite[np.isfinite(finite)]
     spread = float(np.ptp(finite)) if finite.size else 0.0
@@ -111,7 +111,7 @@ def test_nan_and_infinity_stay_in_their_row(backend, rng, bad):
     # Whatever the numbers, ids that the layer may use: in range, each once.
     for row in ids:
         assert len(set(row.tolist())) == 4 and row.min() >= 0 and row.max() < 24
-    assert np.isnan(weights[[1, 3]]).any(axis=1).all()
+    assert (weights[[1, 3]] == 0).all()
 
 
 @pytest.mark.parametrize("scale", [2.5, -1.0, 0.0, 1e-30])

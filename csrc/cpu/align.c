@@ -4,6 +4,8 @@
  * Math   a counting sort, stable by slot
  * Cost   two passes over the slots, one thread: 2 ms at a million slots
  *
+ * moe_cpu_align_pad: the same rows padded to blocks, for the kernels of other engines.
+ *
  * FUSEDMOE_CHECK=1: an id that no expert can have is an error here, before anything is written. */
 #include "cpu.h"
 
@@ -112,5 +114,29 @@ int moe_cpu_align(const moe_align_args *args, moe_error *err)
     memmove(offsets + 1, offsets, (size_t)args->num_experts * sizeof *offsets);
     offsets[0] = 0;
     if (args->tiles || args->num_tiles) list_tiles(args);
+    return MOE_OK;
+}
+
+int moe_cpu_align_pad(const moe_pad_args *args, moe_error *err)
+{
+    (void)err;
+    const int32_t sentinel = (int32_t)args->num_slots;
+    int64_t at = 0, block = 0;
+    for (int32_t e = 0; e < args->num_experts; ++e) {
+        const int32_t first = args->expert_offsets[e], count = args->expert_offsets[e + 1] - first;
+        if (args->counts) args->counts[e] = count;
+        if (!args->sorted_token_ids) continue;
+        memcpy(args->sorted_token_ids + at, args->rows + first, (size_t)count * sizeof(int32_t));
+        for (at += count; at % args->block_size; ++at)
+            args->sorted_token_ids[at] = sentinel;
+        while (block * args->block_size < at)
+            args->expert_ids[block++] = e;
+    }
+    if (!args->sorted_token_ids) return MOE_OK;
+    *args->num_tokens_post_padded = (int32_t)at;
+    for (; args->fill && at < args->capacity; ++at)
+        args->sorted_token_ids[at] = sentinel;
+    while (block < args->num_blocks)
+        args->expert_ids[block++] = -1;
     return MOE_OK;
 }

@@ -1,11 +1,14 @@
 /* route.c: topk_weights, topk_ids = select(router_logits)                              (stage 1 of 5)
- * In     router_logits [num_tokens, num_experts]
- * Out    topk_weights f32, topk_ids
- * Math   f32; the topk largest logits, descending, the lowest id first among equals; weights are the
- *        softmax over all experts, or over the chosen ones (topk_softmax)
+ * In     router_logits, and what the method needs (moe_route_args)
+ * Out    topk_weights, topk_ids
+ * Math   f32. One function for all methods (route_general), whose keys have the bits of the CUDA kernel's
+ *        (route_math.h), and a short one for softmax alone. Order: descending key, the lowest id first among
+ *        equals
  *
- * Any bit pattern gives distinct ids in range: NaN comes after every number, by ascending id. A row that
- * holds NaN or +inf, or only -inf, has NaN weights, as the formula says. */
+ * Any bit pattern gives distinct ids in range and finite weights: NaN comes after every number, by ascending
+ * id, and weighs 0; so does every expert of a softmax over NaN, +inf or only -inf. */
+#include "../../kernels/route_math.h"
+
 #include "simd.h"
 
 #include "threads.h"
@@ -58,7 +61,7 @@ static void route_token(const route_run *run, int64_t token)
         chosen[s] = logits[ids[s]];
     run->simd->exp_minus(chosen, maximum, topk);
     double sum = 0;
-    if (args->method == MOE_ROUTE_SOFTMAX_TOPK) {
+    if (!args->renormalize) {
         run->simd->exp_minus(logits, maximum, num_experts);
         for (int32_t e = 0; e < num_experts; ++e)
             sum += (double)logits[e];
@@ -69,12 +72,262 @@ static void route_token(const route_run *run, int64_t token)
 
     float *weights = (float *)args->topk_weights + token * args->weights_stride;
     for (int32_t s = 0; s < topk; ++s) {
-        weights[s] = nan ? NAN : (float)((double)chosen[s] / sum * (double)args->scale);
+        weights[s] =
+            nan ? 0.0f : route_finite((float)((double)chosen[s] / sum * (double)args->scale));
         const int64_t at = token * args->ids_stride + s;
         if (args->ids_dtype == MOE_I64)
             ((int64_t *)args->topk_ids)[at] = ids[s];
         else
             ((int32_t *)args->topk_ids)[at] = ids[s];
+    }
+}
+
+/* ---- all methods ----------------------------------------------------------------------------- */
+
+enum { LANES = 32 };
+
+/* A sum in the order of the CUDA kernel: a partial sum for each lane, then halves onto each other. */
+static float sum_lanes(float *lane)
+{
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i)
+            lane[i] += lane[i + half];
+    return lane[0];
+}
+
+static int64_t load_integer(const void *base, int64_t at, int32_t dtype)
+{
+    return dtype == MOE_I64 ? ((const int64_t *)base)[at] : ((const int32_t *)base)[at];
+}
+
+static void store_slot(const moe_route_args *args, int64_t row, int32_t slot, int64_t id,
+                       float weight)
+{
+    const int64_t weight_at = row * args->weights_stride + slot,
+                  id_at = row * args->ids_stride + slot;
+    if (args->weights_dtype == MOE_F32)
+        ((float *)args->topk_weights)[weight_at] = weight;
+    else
+        ((uint16_t *)args->topk_weights)[weight_at] =
+            args->weights_dtype == MOE_BF16 ? f32_to_bf16(weight) : f32_to_f16(weight);
+    if (args->ids_dtype == MOE_I64)
+        ((int64_t *)args->topk_ids)[id_at] = id;
+    else
+        ((int32_t *)args->topk_ids)[id_at] = (int32_t)id;
+}
+
+/* One row while it is being routed. */
+typedef struct route_row {
+    float x[MOE_MAX_EXPERTS];
+    uint32_t key[MOE_MAX_EXPERTS];
+    float maximum, sum; /* of the softmax */
+    bool bad;           /* no softmax: NaN or +inf in the row, or only -inf */
+    int32_t ids[MOE_MAX_TOPK];
+    float weights[MOE_MAX_TOPK];
+} route_row;
+
+static float softmax_term(const route_row *row, float x)
+{
+    return x == row->maximum ? 1.0f : route_exp(x - row->maximum);
+}
+
+static void load_row(const moe_route_args *args, int64_t token, route_row *row)
+{
+    uint32_t largest = 0;
+    bool nan = false;
+    for (int32_t e = 0; e < args->num_experts; ++e) {
+        float x = route_softcap(
+            load_element(args->router_logits, token * args->logits_stride + e, args->logits_dtype),
+            args->softcap);
+        if (args->bias == MOE_BIAS_LOGIT)
+            x += load_element(args->correction_bias, e, args->bias_dtype);
+        row->x[e] = x;
+        const uint32_t order = route_order(x);
+        if (order > largest) largest = order;
+        nan |= order == 1;
+    }
+    row->maximum = route_unorder(largest);
+    row->bad = nan || !route_is_finite(row->maximum);
+    row->sum = 1.0f;
+    if (args->score != MOE_SCORE_SOFTMAX) return;
+    float lane[LANES] = {0};
+    for (int32_t e = 0; e < args->num_experts; ++e)
+        if (!isnan(row->x[e])) lane[e % LANES] += softmax_term(row, row->x[e]);
+    row->sum = sum_lanes(lane);
+}
+
+static float row_score(const moe_route_args *args, const route_row *row, float x)
+{
+    return args->score == MOE_SCORE_SOFTMAX ? softmax_term(row, x) / row->sum
+                                            : route_score(args->score, x);
+}
+
+static void make_keys(const moe_route_args *args, int64_t token, route_row *row)
+{
+    for (int32_t e = 0; e < args->num_experts; ++e) {
+        float key = args->key == MOE_KEY_LOGIT   ? row->x[e]
+                    : args->key == MOE_KEY_SCORE ? row_score(args, row, row->x[e])
+                                                 : route_random_key(args->key, token, e);
+        if (args->bias == MOE_BIAS_KEY)
+            key += load_element(args->correction_bias, e, args->bias_dtype);
+        row->key[e] = route_order(key);
+    }
+}
+
+/* The largest key of [begin, end) that is not taken, the lowest expert among equals; -1: there is none. */
+static int32_t largest_key(const uint32_t *key, const bool *taken, int32_t begin, int32_t end)
+{
+    int32_t best = -1;
+    for (int32_t e = begin; e < end; ++e)
+        if (key[e] && !(taken && taken[e]) && (best < 0 || key[e] > key[best])) best = e;
+    return best;
+}
+
+/* Drops the keys that the groups forbid. */
+static void keep_groups(const moe_route_args *args, route_row *row)
+{
+    const int32_t size = args->num_experts / args->num_groups;
+    bool kept[MOE_MAX_EXPERTS] = {false};
+    uint32_t groups[MOE_MAX_TOPK];
+    for (int32_t g = 0; g < args->num_groups; ++g) {
+        const int32_t begin = g * size, end = begin + size;
+        int32_t best = -1;
+        if (args->groups == MOE_GROUPS_QUOTA) {
+            for (int32_t i = 0; i < args->topk / args->num_groups; ++i)
+                if ((best = largest_key(row->key, kept, begin, end)) >= 0) kept[best] = true;
+            continue;
+        }
+        best = largest_key(row->key, NULL, begin, end);
+        groups[g] = row->key[best];
+        if (args->groups == MOE_GROUPS_TOP2) {
+            kept[best] = true;
+            const int32_t second = largest_key(row->key, kept, begin, end);
+            kept[best] = false;
+            groups[g] =
+                route_order(route_unorder(row->key[best]) + route_unorder(row->key[second]));
+        }
+    }
+    for (int32_t i = 0; args->groups != MOE_GROUPS_QUOTA && i < args->topk_groups; ++i) {
+        const int32_t g = largest_key(groups, NULL, 0, args->num_groups);
+        groups[g] = 0;
+        for (int32_t e = g * size; e < (g + 1) * size; ++e)
+            kept[e] = true;
+    }
+    for (int32_t e = 0; e < args->num_experts; ++e)
+        if (!kept[e]) row->key[e] = 0;
+}
+
+static void choose_largest(const moe_route_args *args, route_row *row)
+{
+    int32_t count = 0;
+    for (int32_t e = 0; e < args->num_experts; ++e) {
+        const uint32_t key = row->key[e];
+        if (key == 0 || (count == args->topk && key <= row->key[row->ids[count - 1]])) continue;
+        int32_t at = count < args->topk ? count++ : count - 1;
+        for (; at > 0 && key > row->key[row->ids[at - 1]]; --at)
+            row->ids[at] = row->ids[at - 1];
+        row->ids[at] = e;
+    }
+    for (; count < args->topk; ++count)
+        row->ids[count] = -1;
+}
+
+static void choose_given(const moe_route_args *args, int64_t token, int64_t number, route_row *row)
+{
+    int64_t at = token;
+    if (args->token_ids) at = load_integer(args->token_ids, token, args->token_ids_dtype);
+    for (int32_t s = 0; s < args->topk; ++s) {
+        int64_t id = -1;
+        if (args->ids == MOE_IDS_ROUND_ROBIN)
+            id = (number * args->topk + s) % args->num_experts;
+        else if (at >= 0 && at < args->tid_rows)
+            id = load_integer(args->tid2eid, at * args->tid_stride + s, args->tid_dtype);
+        row->ids[s] = id >= 0 && id < args->num_experts ? (int32_t)id : -1;
+    }
+}
+
+/* 1 / the softmax terms of the experts that sparsemixer sees for a slot: those not chosen before it, within the
+ * jitter of its own. */
+static float sparsemixer_score(const moe_route_args *args, const route_row *row, int32_t slot)
+{
+    const float chosen = row->x[row->ids[slot]];
+    float lane[LANES] = {0};
+    for (int32_t e = 0; e < args->num_experts; ++e) {
+        bool seen = route_within_jitter(row->x[e], chosen);
+        for (int32_t s = 0; s < slot; ++s)
+            seen &= row->ids[s] != e;
+        if (seen) lane[e % LANES] += route_exp(row->x[e] - chosen);
+    }
+    return 1.0f / sum_lanes(lane);
+}
+
+static float slot_score(const moe_route_args *args, const route_row *row, int32_t slot)
+{
+    const int32_t id = row->ids[slot];
+    if (id < 0 || (args->ids == MOE_IDS_LARGEST && row->key[id] == 1)) return 0.0f;
+    if (args->score == MOE_SCORE_SPARSEMIXER) return sparsemixer_score(args, row, slot);
+    if (args->score == MOE_SCORE_SOFTMAX && row->bad) return 0.0f;
+    const float score = row_score(args, row, row->x[id]);
+    return isnan(score) ? 0.0f : score;
+}
+
+static void weigh(const moe_route_args *args, int64_t token, route_row *row)
+{
+    float lane[LANES] = {0}, sum, routed;
+    for (int32_t s = 0; s < args->topk; ++s)
+        lane[s] = row->weights[s] = slot_score(args, row, s);
+    routed = sum_lanes(lane);
+    for (int32_t s = args->topk; s < args->num_slots; ++s) {
+        const int64_t at = token * args->logits_stride + args->num_experts + s - args->topk;
+        row->weights[s] = args->shared >= MOE_SHARED_GATE
+                              ? route_score(MOE_SCORE_SIGMOID, load_element(args->router_logits, at,
+                                                                            args->logits_dtype))
+                              : 0.0f;
+        if (isnan(row->weights[s])) row->weights[s] = 0.0f;
+    }
+    memcpy(lane, row->weights, (size_t)args->num_slots * sizeof *lane);
+    memset(lane + args->num_slots, 0, (size_t)(LANES - args->num_slots) * sizeof *lane);
+    sum = args->shared == MOE_SHARED_SINK ? sum_lanes(lane) : routed;
+    const bool has_sum = sum > 0 && isfinite(sum);
+    for (int32_t s = 0; s < args->num_slots; ++s) {
+        float weight = row->weights[s];
+        const bool shared = s >= args->topk;
+        if (shared && args->shared == MOE_SHARED_SUM)
+            weight = args->renormalize ? 1.0f : routed;
+        else if (shared && args->shared == MOE_SHARED_CONSTANT)
+            weight = args->shared_weight;
+        else if (!shared || args->shared == MOE_SHARED_SINK) {
+            if (args->renormalize) weight = has_sum ? weight / sum : 0.0f;
+            if (args->expert_scale && !shared && row->ids[s] >= 0)
+                weight *= args->expert_scale[row->ids[s]];
+            weight *= args->scale;
+        }
+        row->weights[s] = route_finite(weight);
+    }
+}
+
+static void route_general(const moe_route_args *args, int64_t token)
+{
+    const int64_t number = args->first_token + token;
+    if (args->num_token_non_padded && number >= *args->num_token_non_padded) {
+        for (int32_t s = 0; s < args->num_slots; ++s)
+            store_slot(args, token, s, -1, 0.0f);
+        return;
+    }
+    route_row row;
+    load_row(args, token, &row);
+    if (args->ids == MOE_IDS_LARGEST) {
+        make_keys(args, number, &row);
+        if (args->num_groups) keep_groups(args, &row);
+        choose_largest(args, &row);
+    } else {
+        choose_given(args, token, number, &row);
+    }
+    weigh(args, token, &row);
+    for (int32_t s = 0; s < args->num_slots; ++s) {
+        const int64_t id = s < args->topk ? route_map_id(args, number, row.ids[s])
+                                          : args->num_experts + s - args->topk;
+        store_slot(args, token, s, id, row.weights[s]);
     }
 }
 
@@ -86,21 +339,18 @@ static void route_region(void *context, int thread)
         int64_t token = atomic_fetch_add_explicit(&run->next, BLOCK_TOKENS, memory_order_relaxed);
         for (int i = 0; i < BLOCK_TOKENS; ++i, ++token) {
             if (token >= run->args->num_tokens) return;
-            route_token(run, token);
+            if (run->args->general)
+                route_general(run->args, token);
+            else
+                route_token(run, token);
         }
     }
 }
 
 int moe_cpu_route(const moe_route_args *args, moe_error *err)
 {
+    (void)err;
     route_run run = {.args = args, .simd = moe_get_simd()};
-    if (args->num_experts > MOE_MAX_EXPERTS || args->topk > MOE_MAX_TOPK ||
-        args->topk > args->num_experts)
-        return moe_fail(
-            err, MOE_ERROR_VALUE,
-            "router_logits: expected topk <= num_experts <= %d and topk <= %d, got topk %d "
-            "of %d experts",
-            MOE_MAX_EXPERTS, MOE_MAX_TOPK, args->topk, args->num_experts);
     const int64_t num_logits = args->num_tokens * args->num_experts;
     moe_parallel(num_logits < SMALL_LOGITS ? 1 : moe_num_threads(), route_region, &run);
     return MOE_OK;

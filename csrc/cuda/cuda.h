@@ -29,6 +29,8 @@ int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device,
 int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device, void *stream,
                    moe_error *err);
 /* tiles and num_tiles from expert_offsets that somebody else made */
+int moe_cuda_align_pad(const moe_plan *plan, const moe_pad_args *args, int device, void *stream,
+                       moe_error *err);
 int moe_cuda_align_tiles(const moe_plan *plan, const moe_align_args *args, int device, void *stream,
                          moe_error *err);
 int moe_cuda_gate_up(const moe_plan *plan, const moe_gate_up_args *args, int device, void *stream,
@@ -97,6 +99,7 @@ static inline int moe_cuda_load(int device, moe_error *err)
     }
 MOE_CUDA_STAGE_STUB(moe_cuda_route, moe_route_args)
 MOE_CUDA_STAGE_STUB(moe_cuda_align, moe_align_args)
+MOE_CUDA_STAGE_STUB(moe_cuda_align_pad, moe_pad_args)
 MOE_CUDA_STAGE_STUB(moe_cuda_align_tiles, moe_align_args)
 MOE_CUDA_STAGE_STUB(moe_cuda_gate_up, moe_gate_up_args)
 MOE_CUDA_STAGE_STUB(moe_cuda_down, moe_down_args)

@@ -12,11 +12,13 @@
 
 enum {
     KERNEL_ROUTE = 0,
+    KERNEL_ROUTE_GENERAL,
     KERNEL_ALIGN_ONE,
     KERNEL_ALIGN_COUNT,
     KERNEL_ALIGN_SCAN,
     KERNEL_ALIGN_PLACE,
     KERNEL_ALIGN_TILES,
+    KERNEL_ALIGN_PAD,
     KERNEL_COMBINE_BF16,
     KERNEL_COMBINE_F16,
     KERNEL_COMBINE_BF16_ANY,
@@ -34,11 +36,13 @@ enum {
 
 static const moe_kernel_row KERNELS[] = {
     [KERNEL_ROUTE] = {"moe_route", "route", 0, 80, sizeof(moe_route_args)},
+    [KERNEL_ROUTE_GENERAL] = {"moe_route_general", "route", 0, 80, sizeof(moe_route_args)},
     [KERNEL_ALIGN_ONE] = {"moe_align_one", "align", 0, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_COUNT] = {"moe_align_count", "align", 0, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_SCAN] = {"moe_align_scan", "align", 0, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_PLACE] = {"moe_align_place", "align", 0, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_TILES] = {"moe_align_tiles", "align", 0, 80, sizeof(moe_align_args)},
+    [KERNEL_ALIGN_PAD] = {"moe_align_pad", "align", 0, 80, sizeof(moe_pad_args)},
     [KERNEL_COMBINE_BF16] = {"moe_combine_bf16", "combine", 0, 80, sizeof(moe_combine_args)},
     [KERNEL_COMBINE_F16] = {"moe_combine_f16", "combine", 0, 80, sizeof(moe_combine_args)},
     [KERNEL_COMBINE_BF16_ANY] = {"moe_combine_bf16_any", "combine", 0, 80,
@@ -157,7 +161,7 @@ int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device,
     (void)plan;
     moe_route_args a = *args;
     const geometry g = {ceil_div(a.num_tokens, MOE_ROUTE_THREADS / 32), MOE_ROUTE_THREADS, 0, true};
-    return launch(KERNEL_ROUTE, &g, &a, device, stream, err);
+    return launch(a.general ? KERNEL_ROUTE_GENERAL : KERNEL_ROUTE, &g, &a, device, stream, err);
 }
 
 int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device, void *stream,
@@ -179,6 +183,16 @@ int moe_cuda_align_tiles(const moe_plan *plan, const moe_align_args *args, int d
     moe_align_args a = *args;
     const geometry g = {1, MOE_ALIGN_THREADS, 0, true};
     return launch(KERNEL_ALIGN_TILES, &g, &a, device, stream, err);
+}
+
+int moe_cuda_align_pad(const moe_plan *plan, const moe_pad_args *args, int device, void *stream,
+                       moe_error *err)
+{
+    moe_pad_args a = *args;
+    const int64_t blocks = a.sorted_token_ids ? ceil_div(a.capacity, MOE_ALIGN_THREADS) : 1,
+                  most = 2 * plan->num_sms;
+    const geometry g = {blocks < 1 ? 1 : blocks < most ? blocks : most, MOE_ALIGN_THREADS, 0, true};
+    return launch(KERNEL_ALIGN_PAD, &g, &a, device, stream, err);
 }
 
 static geometry gemm_geometry(const moe_gemm_plan *gemm, int32_t max_tiles)

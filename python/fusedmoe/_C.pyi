@@ -19,7 +19,7 @@ _Activation = Literal["silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai", "situ"
 _Clamp = Literal["after", "before"]
 _Order = Literal["gate_up", "up_gate", "interleaved"]
 _NoCombine = Literal[False, "weighted", "unweighted"]
-_Method = Literal["softmax_topk", "topk_softmax"]
+_Method = str  # a row of kernels/route_methods.def
 _DType = Literal["bfloat16", "float16", "float32"]  # how 16-bit integer tensors are read
 
 def fused_experts(
@@ -64,6 +64,7 @@ def fused_moe(
     topk: int,
     method: _Method | None = "softmax_topk",
     routing_scale: float | None = None,
+    knobs: tuple | None = None,
     quant: None = None,
     w13_scale: None = None,
     w2_scale: None = None,
@@ -97,6 +98,7 @@ def route(
     topk: int,
     method: _Method | None = "softmax_topk",
     routing_scale: float | None = None,
+    knobs: tuple | None = None,
     ids_dtype: Literal["int32", "int64"] | None = "int32",
     out_weights: _Tensor | None = None,
     out_ids: _Tensor | None = None,
@@ -113,6 +115,28 @@ def align(
     workspace: _Tensor | None = None,
     stream: _Stream | None = None,
 ) -> tuple[_Tensor, _Tensor, _Tensor]: ...
+def align_block_size(
+    topk_ids: _Tensor,
+    block_size: int,
+    num_experts: int,
+    expert_map: _Tensor | None = None,
+    expert_start: int | None = None,
+    pad: bool | None = True,
+    out_sorted_token_ids: _Tensor | None = None,
+    out_expert_ids: _Tensor | None = None,
+    out_num_tokens_post_padded: _Tensor | None = None,
+    workspace: _Tensor | None = None,
+    stream: _Stream | None = None,
+) -> tuple[_Tensor, _Tensor, _Tensor]: ...
+def count_tokens_per_expert(
+    topk_ids: _Tensor,
+    num_experts: int,
+    expert_map: _Tensor | None = None,
+    expert_start: int | None = None,
+    out: _Tensor | None = None,
+    workspace: _Tensor | None = None,
+    stream: _Stream | None = None,
+) -> _Tensor: ...
 def gate_up(
     hidden_states: _Tensor,
     w13: _Tensor,
@@ -259,6 +283,9 @@ def workspace_size(
 def load(device: int | None = 0) -> None: ...
 def info() -> dict[str, Any]: ...
 def device_count() -> int: ...
+def _routing_methods() -> dict[str, tuple[int, int, int, int, int, int]]:
+    """{method: (score, key, bias, groups, ids, renormalize)}, numbers of moe_kernels.h."""
+
 def _cpu_read_bandwidth() -> float:
     """Bytes per second that all threads read from memory, measured now."""
 

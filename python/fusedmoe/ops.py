@@ -64,9 +64,10 @@ def fused_moe(
 
     Args:
         router_logits: [num_tokens, num_router_experts] float32, bfloat16 or float16.
-            num_router_experts is at most 1024; it is num_experts, or the number of global experts
-            where expert_map or expert_start is given. Not written.
-        routing: a `Routing`.
+            num_router_experts is at most 1024; it is num_experts (less the shared experts of
+            routing, which are the last), or the number of global experts where expert_map or
+            expert_start is given, here or in routing. Not written.
+        routing: a `Routing`. Its weights_dtype is not used: inside the layer they are float32.
         All others: as `fused_experts`.
 
     Returns:
@@ -82,8 +83,9 @@ def fused_moe(
         w2,
         router_logits,
         routing.topk,
-        routing.kernel_method,
+        routing.method,
         routing.routed_scaling_factor,
+        routing.knobs,
         quant,
         w13_scale,
         w2_scale,
@@ -253,21 +255,25 @@ def fused_experts(
 def route(router_logits, routing, *, out_weights=None, out_ids=None, stream=None):
     """Stage 1: the experts of each token and their weights.
 
-        p = softmax(router_logits[t]);  topk_ids[t] = the topk largest of p, ties to the lower id
-        topk_weights[t] = routing.routed_scaling_factor * p[topk_ids[t]] (/ their sum, renormalised)
+        x = router_logits[t];  s = score(x);  key = x or s, + correction_bias
+        topk_ids[t] = the topk largest keys, ties to the lower id
+        topk_weights[t] = routing.routed_scaling_factor * s[topk_ids[t]] (/ their sum, renormalised)
 
-    A row with a NaN still gives distinct ids in range.
+    The method of `routing` says which score and which key (docs/routing.md). Any bit pattern gives
+    distinct ids in range and finite weights.
 
     Args:
         router_logits: [num_tokens, num_experts] float32, bfloat16 or float16, num_experts at most
-            1024. Not written.
-        routing: a `Routing`.
-        out_weights: [num_tokens, topk] float32, written. None: allocated.
-        out_ids: [num_tokens, topk] int32 or int64, written. None: allocated as routing.ids_dtype.
+            1024; gates of shared experts are further columns. Not written.
+        routing: a `Routing`; its tensors are on the device of router_logits.
+        out_weights: [num_tokens, routing.num_slots] float32, bfloat16 or float16, written. None:
+            allocated as routing.weights_dtype.
+        out_ids: [num_tokens, routing.num_slots] int32 or int64, written. None: allocated as
+            routing.ids_dtype.
         stream: as `fused_experts`.
 
     Returns:
-        (topk_weights, topk_ids), in falling order of weight.
+        (topk_weights, topk_ids), in falling order of the keys, shared experts last.
 
     Oracle: reference.route.
     """
@@ -276,8 +282,9 @@ def route(router_logits, routing, *, out_weights=None, out_ids=None, stream=None
     return _C.route(
         router_logits,
         routing.topk,
-        routing.kernel_method,
+        routing.method,
         routing.routed_scaling_factor,
+        routing.knobs,
         routing.ids_dtype,
         out_weights,
         out_ids,
@@ -486,12 +493,85 @@ def quantize(x, *, quant, scale=None, out=None, out_scale=None, stream=None):
 
 
 def align_block_size(
-    topk_ids, block_size, num_experts, *, expert_map=None, out=None, workspace=None, stream=None
+    topk_ids,
+    block_size,
+    num_experts,
+    *,
+    expert_map=None,
+    expert_start=None,
+    pad=True,
+    out_sorted_token_ids=None,
+    out_expert_ids=None,
+    out_num_tokens_post_padded=None,
+    workspace=None,
+    stream=None,
 ):
-    """Reserved: `align` with every expert's rows padded to a multiple of block_size, the layout of
-    other engines' kernels. Raises NotImplementedError."""
-    raise NotImplementedError(
-        "align_block_size: not built yet; `align` gives the same grouping without padding"
+    """`align` with every expert's rows padded to a multiple of block_size, the layout that kernels
+    of other engines take.
+
+        block b holds slots sorted_token_ids[b * block_size : (b + 1) * block_size] of expert
+        expert_ids[b]; num_tokens * topk stands where a block has none
+
+    Stable: within an expert, slots ascend. Dropped slots have no place.
+
+    Args:
+        topk_ids: [num_tokens, topk] int32 or int64, any values. Not written.
+        block_size: rows of a block, 1 to 256.
+        num_experts: experts held here, 1 to 1024.
+        expert_map, expert_start: as `fused_experts`.
+        pad: False: what is behind num_tokens_post_padded in sorted_token_ids is not written.
+        out_sorted_token_ids: [n] int32, written, n >= padded(num_tokens * topk), where padded(s) =
+            s + min(s, num_experts) * (block_size - 1) down to a multiple of block_size. None:
+            allocated.
+        out_expert_ids: [padded(num_tokens * topk) / block_size or more] int32, written; -1 for
+            blocks that are not used. None: allocated.
+        out_num_tokens_post_padded: [1] int32, written: rows with padding. None: allocated.
+        workspace, stream: as `fused_experts`; workspace at least 12 bytes for each slot.
+
+    Returns:
+        (sorted_token_ids, expert_ids, num_tokens_post_padded).
+
+    Oracle: reference.align_block_size.
+    """
+    return _C.align_block_size(
+        topk_ids,
+        block_size,
+        num_experts,
+        expert_map,
+        expert_start,
+        pad,
+        out_sorted_token_ids,
+        out_expert_ids,
+        out_num_tokens_post_padded,
+        workspace,
+        stream,
+    )
+
+
+def count_tokens_per_expert(
+    topk_ids,
+    num_experts,
+    *,
+    expert_map=None,
+    expert_start=None,
+    out=None,
+    workspace=None,
+    stream=None,
+):
+    """How many slots go to each expert.
+
+    Args:
+        topk_ids, num_experts, expert_map, expert_start: as `align`.
+        out: [num_experts] int32, written. None: allocated.
+        workspace, stream: as `align_block_size`.
+
+    Returns:
+        out.
+
+    Oracle: numpy.diff of the expert_offsets of reference.align.
+    """
+    return _C.count_tokens_per_expert(
+        topk_ids, num_experts, expert_map, expert_start, out, workspace, stream
     )
 
 

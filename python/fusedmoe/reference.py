@@ -35,6 +35,7 @@ __all__ = [
     "Report",
     "activate",
     "align",
+    "align_block_size",
     "combine",
     "combine_error",
     "compare",
@@ -47,44 +48,269 @@ __all__ = [
     "gate_up",
     "gate_up_error",
     "route",
+    "route_choice",
+    "route_keys",
+    "route_scores",
     "unit_roundoff",
 ]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2", "swiglu_oai", "situ")
 ORDERS = ("gate_up", "up_gate", "interleaved")
-METHODS = ("softmax_topk", "topk_softmax")
+
+
+class _Method(NamedTuple):
+    score: str
+    key: str
+    bias: str
+    groups: str
+    ids: str
+    renormalize: str
+
+
+# fmt: off
+METHODS = {
+    "softmax_topk":          _Method("softmax", "logit", "none", "none", "largest", "off"),
+    "topk_softmax":          _Method("softmax", "logit", "none", "none", "largest", "always"),
+    "sigmoid":               _Method("sigmoid", "score", "none", "none", "largest", "on"),
+    "topk_sigmoid":          _Method("sigmoid", "logit", "none", "none", "largest", "off"),
+    "llama4":                _Method("sigmoid", "logit", "none", "none", "largest", "never"),
+    "sigmoid_bias":          _Method("sigmoid", "score", "key", "none", "largest", "on"),
+    "sigmoid_grouped":       _Method("sigmoid", "score", "none", "max", "largest", "on"),
+    "sigmoid_bias_grouped":  _Method("sigmoid", "score", "key", "top2", "largest", "on"),
+    "sigmoid_bias_sink":     _Method("sigmoid", "score", "key", "none", "largest", "always"),
+    "softmax_grouped":       _Method("softmax", "score", "none", "max", "largest", "off"),
+    "softmax_bias_grouped":  _Method("softmax", "score", "key", "top2", "largest", "off"),
+    "sqrt_softplus":         _Method("sqrt_softplus", "score", "none", "none", "largest", "on"),
+    "sqrt_softplus_bias":    _Method("sqrt_softplus", "score", "key", "none", "largest", "on"),
+    "hash":                  _Method("sqrt_softplus", "logit", "none", "none", "table", "on"),
+    "softmax_bias":          _Method("softmax", "score", "key", "none", "largest", "off"),
+    "softmax_of_biased":     _Method("softmax", "logit", "logit", "none", "largest", "off"),
+    "softmax_biased_choice": _Method("softmax", "logit", "key", "none", "largest", "off"),
+    "softmax_quota":         _Method("softmax", "score", "none", "quota", "largest", "off"),
+    "sparsemixer":           _Method("sparsemixer", "logit", "none", "none", "largest", "never"),
+    "forced":                _Method("softmax", "logit", "none", "none", "table", "off"),
+    "simulated_uniform":     _Method("constant", "uniform", "none", "none", "largest", "always"),
+    "simulated_round_robin": _Method("constant", "logit", "none", "none", "round_robin", "always"),
+    "simulated_zipf":        _Method("constant", "zipf", "none", "none", "largest", "always"),
+}
+# fmt: on
+
 
 # -------------------------------------------------------------------------------------------------
 # The five stages
 # -------------------------------------------------------------------------------------------------
 
 
-def route(router_logits, topk, *, method="topk_softmax", scale=1.0):
+def route(
+    router_logits,
+    topk,
+    *,
+    method="topk_softmax",
+    scale=1.0,
+    renormalize=None,
+    correction_bias=None,
+    num_groups=None,
+    topk_groups=None,
+    num_shared=0,
+    shared_weight=None,
+    num_zero_experts=0,
+    num_token_non_padded=None,
+    expert_map=None,
+    replica_map=None,
+    tid2eid=None,
+    token_ids=None,
+    expert_scale=None,
+    softcap=None,
+    topk_ids=None,
+):
     """Pick topk experts for each token.
 
-    softmax_topk: p = softmax(router_logits) over all experts; the topk largest p, as they are
-    topk_softmax: the same experts, each p divided by the sum of the topk
+    x = softcap tanh(router_logits / softcap) where softcap is given; METHODS[method] is its score,
+    key, bias, groups, ids, renormalize: see `route_scores` and `route_choice`. Then
 
-    router_logits  [T, E]
-    scale          multiplies the weights last
+    w = s[topk_ids]; renormalised: w / sum(w), zeros where the sum is not above 0 and finite
+    w * expert_scale[topk_ids] * scale; what is not finite becomes 0
 
-    Order: descending logit, equal logits by ascending id, NaN after every number. Returns
-    topk_weights float64 [T, k], topk_ids int64 [T, k]. A row with NaN or +inf has NaN weights.
+    router_logits  [T, E]; shared_weight "gate" and "sink": [T, E + num_shared]
+    topk_ids       [T, k] the choice, where it is known already (before any map)
+    num_shared     slots behind the topk ones, ids E, E + 1, ... Their weight: shared_weight a
+                   number; None or "sum": the sum of the routed w, 1 where renormalised; "gate": the
+                   sigmoid of the column; "sink": the same, renormalised together with w
+
+    Order: descending key, equal keys by ascending id, NaN after every number. Returns topk_weights
+    float64 [T, k + num_shared] and topk_ids int64 of the same shape; -1: dropped.
     """
-    logits = _f64(router_logits)
-    key = np.where(np.isnan(logits), -np.inf, logits)
-    # lexsort: the last key is the first criterion. -inf and NaN differ only in the second.
-    order = np.lexsort((np.isnan(logits), -key), axis=-1)  # stable: ascending id among equals
-    topk_ids = order[:, :topk].astype(np.int64)
+    row = METHODS[method]
+    own_columns = num_shared if shared_weight in ("gate", "sink") else 0
+    columns = _f64(router_logits)
+    num_tokens, num_experts = columns.shape[0], columns.shape[1] - own_columns
+    x, score = route_scores(columns[:, :num_experts], method, correction_bias, softcap)
     with np.errstate(all="ignore"):
-        exp = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        p = exp / exp.sum(axis=-1, keepdims=True)
-        topk_weights = np.take_along_axis(p, topk_ids, axis=-1)
-        if method == "topk_softmax":
-            topk_weights = topk_weights / topk_weights.sum(axis=-1, keepdims=True)
-        elif method != "softmax_topk":
-            raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
-        return topk_weights * scale, topk_ids
+        if topk_ids is None:
+            key = None
+            if row.ids == "largest":
+                key = route_keys(x, score, method, correction_bias)
+            topk_ids = route_choice(
+                key, x.shape, topk, method, num_groups, topk_groups, tid2eid, token_ids
+            )
+        ids = np.asarray(topk_ids).astype(np.int64)
+        if row.score == "sparsemixer":
+            w = _sparsemixer(x, ids)
+        else:
+            w = np.take_along_axis(score, np.maximum(ids, 0), axis=-1)
+        if row.bias == "key":
+            key = route_keys(x, score, method, correction_bias)
+            w = np.where(np.isnan(np.take_along_axis(key, ids, axis=-1)), 0, w)
+        w = np.where((ids < 0) | np.isnan(w), 0, w)
+        gates = 1 / (1 + np.exp(-columns[:, num_experts:]))
+        gates = np.where(np.isnan(gates), 0, gates)
+        routed = w.sum(axis=-1, keepdims=True)
+        total = routed + gates.sum(axis=-1, keepdims=True) if shared_weight == "sink" else routed
+        if renormalize is None:
+            renormalize = row.renormalize in ("always", "on")
+        if renormalize:
+            w = np.where((total > 0) & np.isfinite(total), w / total, 0)
+            gates = gates / total if shared_weight == "sink" else gates
+        if expert_scale is not None:
+            w = w * np.where(ids < 0, 1, _f64(expert_scale)[np.maximum(ids, 0)])
+        w = w * scale
+        if shared_weight == "sink":
+            shared = gates * scale
+        elif shared_weight == "gate":
+            shared = gates
+        else:
+            weight = routed if not renormalize else np.ones_like(routed)
+            weight = weight if shared_weight in (None, "sum") else np.full_like(w, shared_weight)
+            shared = np.repeat(weight[:, :1], num_shared, axis=1)
+    tokens = np.arange(num_tokens)
+    ids = np.where(ids < num_experts - num_zero_experts, ids, -1)
+    if replica_map is not None:
+        ids = _replica(np.asarray(replica_map).astype(np.int64), tokens, ids)
+    if expert_map is not None:
+        table = np.asarray(expert_map).astype(np.int64)
+        known = (ids >= 0) & (ids < len(table))
+        ids = np.where(known, table[np.where(known, ids, 0)], -1)
+    ids = np.where(ids < 0, -1, ids)
+    shared_ids = np.broadcast_to(num_experts + np.arange(num_shared), (num_tokens, num_shared))
+    weights = np.concatenate([w, shared], axis=1)
+    ids = np.concatenate([ids, shared_ids], axis=1)
+    weights[~np.isfinite(weights)] = 0
+    if num_token_non_padded is not None:
+        padded = tokens >= int(np.asarray(num_token_non_padded).reshape(()))
+        weights[padded], ids[padded] = 0, -1
+    return weights, ids
+
+
+def route_scores(router_logits, method, correction_bias=None, softcap=None):
+    """(x, s): the logits after softcap (and bias, where the method adds it there), their scores.
+
+    softmax        exp(x - max) / sum over the experts that are not NaN; 0 in a row with NaN, +inf
+                   or only -inf
+    sigmoid        1 / (1 + exp(-x))
+    sqrt_softplus  sqrt(log(1 + exp(x)))
+    sparsemixer    made from the choice
+    constant       1
+    """
+    x = _f64(router_logits)
+    row = METHODS[method]
+    with np.errstate(all="ignore"):
+        if softcap is not None:
+            x = softcap * np.tanh(x / softcap)
+        if row.bias == "logit":
+            x = x + _f64(correction_bias)
+        if row.score == "softmax":
+            p = _softmax(x)
+            bad = ~np.isfinite(x.max(axis=-1, keepdims=True))  # NaN wins a maximum
+            return x, np.where(bad, 0, p)
+        if row.score == "sigmoid":
+            return x, np.where(x < 0, np.exp(x) / (1 + np.exp(x)), 1 / (1 + np.exp(-x)))
+        if row.score == "sqrt_softplus":
+            return x, np.sqrt(np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))))
+    return x, np.ones_like(x)
+
+
+def _softmax(x):
+    maximum = np.where(np.isnan(x), -np.inf, x).max(axis=-1, keepdims=True)
+    exp = np.where(x == maximum, 1, np.exp(x - maximum))
+    return exp / np.nansum(exp, axis=-1, keepdims=True)
+
+
+def route_keys(x, score, method, correction_bias=None):
+    """What the choice is made by: the logit or the score, + the bias where the method has one.
+
+    A score has more bits here than in float32, and a tie there is none here: keys that are scores
+    are rounded to float32 first, as any backend has them.
+    """
+    row = METHODS[method]
+    if row.key == "logit":
+        key = x
+    elif row.key == "score":
+        key = _softmax(x) if row.score == "softmax" else score
+        key = key.astype(np.float32).astype(np.float64)
+    else:
+        raise ValueError(f"method: {method!r} is random, only its weights are defined here")
+    return key + _f64(correction_bias) if row.bias == "key" else key
+
+
+def route_choice(
+    key, shape, topk, method, num_groups=None, topk_groups=None, tid2eid=None, token_ids=None
+):
+    """topk_ids: the topk largest keys of the groups kept, or from a table. shape is [T, E]."""
+    row = METHODS[method]
+    num_tokens, num_experts = shape
+    if row.ids == "round_robin":
+        return np.arange(num_tokens * topk).reshape(num_tokens, topk) % num_experts
+    if row.ids == "table":
+        table = np.asarray(tid2eid).astype(np.int64)
+        at = np.arange(num_tokens) if token_ids is None else np.asarray(token_ids).astype(np.int64)
+        known = ((at >= 0) & (at < len(table)))[:, None]
+        ids = np.where(known, table[np.where(known[:, 0], at, 0)], -1)
+        return np.where((ids >= 0) & (ids < num_experts), ids, -1)
+    dropped = np.zeros(key.shape, bool)
+    if row.groups != "none":
+        groups = key.reshape(num_tokens, num_groups, -1)
+        best = np.take_along_axis(groups, _descending(groups), axis=-1)
+        if row.groups == "quota":
+            order = _descending(groups)[..., : topk // num_groups]
+            kept = np.zeros(groups.shape, bool)
+            np.put_along_axis(kept, order, True, axis=-1)
+        else:
+            with np.errstate(all="ignore"):
+                of_group = best[..., 0] + best[..., 1] if row.groups == "top2" else best[..., 0]
+            kept = np.zeros(of_group.shape, bool)
+            np.put_along_axis(kept, _descending(of_group)[:, :topk_groups], True, axis=-1)
+            kept = np.broadcast_to(kept[..., None], groups.shape)
+        dropped = ~kept.reshape(key.shape)
+    return _descending(key, dropped)[:, :topk].astype(np.int64)
+
+
+def _descending(key, dropped=None):
+    """Indices by falling key, ascending index among equals; NaN after the numbers, dropped last."""
+    nan = np.isnan(key)
+    value = -np.where(nan, -np.inf, key)
+    # lexsort: the last key is the first criterion; stable.
+    return np.lexsort((value, nan) if dropped is None else (value, nan, dropped), axis=-1)
+
+
+def _sparsemixer(x, ids):
+    """1 / sum of exp(x[e] - x[chosen]) over the experts not chosen before that are within the
+    jitter: (x[chosen] - x[e]) / max(|x[e]|, x[chosen]) <= 2 * 0.01."""
+    left = np.ones(x.shape, bool)
+    weights = np.zeros(ids.shape)
+    for s in range(ids.shape[1]):
+        chosen = np.take_along_axis(x, ids[:, s : s + 1], axis=-1)
+        seen = left & ~((chosen - x) / np.maximum(np.abs(x), chosen) > 0.02)
+        weights[:, s] = 1 / np.where(seen, np.exp(x - chosen), 0).sum(axis=-1)
+        np.put_along_axis(left, ids[:, s : s + 1], False, axis=-1)
+    return weights
+
+
+def _replica(replica_map, tokens, ids):
+    """One of the replicas of each id, by a hash of the token; -1 where there is none."""
+    count = (np.cumprod(replica_map >= 0, axis=1)).sum(axis=1)
+    n = np.where(ids >= 0, count[np.maximum(ids, 0)], 0)
+    which = (tokens * 2654435769 % 2**32)[:, None] % np.maximum(n, 1)
+    return np.where(n > 0, replica_map[np.maximum(ids, 0), which], -1)
 
 
 def align(topk_ids, num_experts, *, expert_map=None, expert_start=None):
@@ -118,6 +344,25 @@ def align(topk_ids, num_experts, *, expert_map=None, expert_start=None):
     row_of_slot = np.full(flat.shape, -1, np.int32)
     row_of_slot[sorted_token_ids] = np.arange(len(sorted_token_ids), dtype=np.int32)
     return expert_offsets, sorted_token_ids, row_of_slot.reshape(ids.shape)
+
+
+def align_block_size(topk_ids, block_size, num_experts, *, expert_map=None, expert_start=None):
+    """`align`, each expert's rows padded to blocks.
+
+    Returns int32 arrays: sorted_token_ids, a multiple of block_size long, T * k where padded;
+    expert_ids, one for each block; num_tokens_post_padded [1], the length of the first.
+    """
+    offsets, rows, row_of_slot = align(
+        topk_ids, num_experts, expert_map=expert_map, expert_start=expert_start
+    )
+    blocks, expert_ids = [np.empty(0, np.int32)], []
+    for e in range(num_experts):
+        mine = rows[offsets[e] : offsets[e + 1]]
+        fill = np.full(-len(mine) % block_size, row_of_slot.size, np.int32)
+        blocks += [mine, fill]
+        expert_ids += [e] * ((len(mine) + len(fill)) // block_size)
+    padded = np.concatenate(blocks).astype(np.int32)
+    return padded, np.array(expert_ids, np.int32), np.array([len(padded)], np.int32)
 
 
 def activate(gate, up=None, *, activation="silu", alpha=None, limit=None, clamp="after"):
@@ -314,13 +559,16 @@ def fused_moe(
     *,
     method="topk_softmax",
     routing_scale=1.0,
+    routing=None,
     tokens=None,
     shared_output=None,
     **layer,
 ):
-    """route, then fused_experts with the same keyword arguments."""
+    """route, with the keyword arguments `routing`, then fused_experts."""
     x, logits, shared = _sample(tokens, hidden_states, router_logits, shared_output)
-    topk_weights, topk_ids = route(logits, topk, method=method, scale=routing_scale)
+    topk_weights, topk_ids = route(
+        logits, topk, method=method, scale=routing_scale, **(routing or {})
+    )
     return fused_experts(x, w13, w2, topk_weights, topk_ids, shared_output=shared, **layer)
 
 
@@ -619,13 +867,16 @@ def fused_moe_error(
     *,
     method="topk_softmax",
     routing_scale=1.0,
+    routing=None,
     tokens=None,
     shared_output=None,
     **layer,
 ):
     """(want, Error) of `fused_moe`: that of fused_experts, and the router's own f32 arithmetic."""
     x, logits, shared = _sample(tokens, hidden_states, router_logits, shared_output)
-    topk_weights, topk_ids = route(logits, topk, method=method, scale=routing_scale)
+    topk_weights, topk_ids = route(
+        logits, topk, method=method, scale=routing_scale, **(routing or {})
+    )
     # A sum of num_experts positive terms, two exp whose argument was rounded, a quotient.
     finite = np.where(np.isfinite(logits.astype(np.float64)), logits, 0).astype(np.float64)
     spread = float(finite.max() - finite.min()) if finite.size else 0.0
@@ -715,7 +966,8 @@ _NO_NUMBERS = (math.nan, math.nan, math.nan, ())
 
 
 def _f64(x):
-    return np.asarray(x).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NaN of any kind may come
+        return np.asarray(x).astype(np.float64)
 
 
 def _matmul(x, w):

@@ -5,63 +5,90 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any
+from typing import Any, NamedTuple
 
-# method -> (what it does, renormalised by default, may `renormalize` be the other value)
-METHODS = {
-    "softmax_topk": ("softmax over all experts, then the topk largest", False, True),
-    "topk_softmax": ("the topk largest logits, then softmax over these", True, False),
-}
+from . import _C
 
-# Methods that are named already, so that nobody builds them under another name.
-PLANNED_METHODS = (
-    "sigmoid_topk",
-    "sigmoid_bias",
-    "sigmoid_bias_grouped",
-    "softmax_grouped",
-    "softmax_bias",
-    "sqrt_softplus_bias",
-    "hash",
-    "llama4",
-    "sparsemixer",
+
+class Method(NamedTuple):
+    """The knobs of one method, a row of kernels/route_methods.def."""
+
+    score: str  # of a logit
+    key: str  # what the choice is made by
+    bias: str  # what correction_bias is added to
+    groups: str  # how num_groups restricts the choice
+    ids: str  # the largest keys, or ids from elsewhere
+    renormalize: str  # "never", "always", or the default where it is free: "off", "on"
+
+
+# The values of the knobs in the order of the enums in kernels/moe_kernels.h.
+_VALUES = (
+    ("softmax", "sigmoid", "sqrt_softplus", "sparsemixer", "constant"),
+    ("logit", "score", "uniform", "zipf"),
+    ("none", "key", "logit"),
+    ("none", "max", "top2", "quota"),
+    ("largest", "table", "round_robin"),
+    ("never", "always", "off", "on"),
 )
-
+METHODS = {
+    name: Method(*(values[i] for values, i in zip(_VALUES, row, strict=True)))
+    for name, row in _C._routing_methods().items()
+}
 MAX_TOPK = 32
+SHARED_WEIGHTS = ("sum", "gate", "sink")
 
 
 @dataclass(frozen=True)
 class Routing:
     """How `route` and `fused_moe` choose experts.
 
-        p = softmax(router_logits[t]);  topk_ids[t] = the topk largest of p, ties to the lower id
-        topk_weights[t] = routed_scaling_factor * p[topk_ids[t]] (/ their sum, renormalised)
+        x = router_logits[t];  s = score(x);  key = x or s, + correction_bias
+        topk_ids[t] = the topk largest keys (of the groups kept), ties to the lower id
+        topk_weights[t] = routed_scaling_factor * s[topk_ids[t]] (/ their sum, renormalised)
 
-    All arithmetic is in float32 whatever the dtype of the logits.
+    All arithmetic is in float32 whatever the dtype of the logits. A row is in falling order of the
+    keys. Any bit pattern in the logits gives distinct ids and finite weights: NaN comes last and
+    weighs 0, and so does every expert of a softmax over NaN, +inf or only -inf.
 
     Args:
-        topk: experts per token, 1 to 32.
-        method: "softmax_topk" or "topk_softmax" (the same, renormalised; what Mixtral, Qwen3 and
-            gpt-oss call it).
-        renormalize: divide the weights by their sum. None: what the method says.
+        topk: routed experts per token, 1 to 32.
+        method: a row of the table in docs/routing.md, for instance "softmax_topk", "topk_softmax"
+            (the same, renormalised; Mixtral, Qwen3, gpt-oss), "sigmoid_bias_grouped" (DeepSeek-V3).
+        renormalize: divide the weights by their sum; zeros stay zero. None: what the method says.
         routed_scaling_factor: multiplies the weights last. Not the keyword of the same name of the
             layer, which multiplies the layer's output: give one of the two.
+        correction_bias: [num_experts] float32, bfloat16 or float16, for the methods with "bias" in
+            their name. The weights are without it, but for softmax_of_biased.
+        num_groups, topk_groups: the methods with "grouped": num_groups equal runs of experts, of
+            which the best topk_groups are kept. softmax_quota: topk / num_groups from each group.
+        num_fused_shared_experts: slots of experts that every token visits, behind the topk routed
+            ones, ids num_experts, num_experts + 1, ...
+        shared_weight: of these slots. "sum" or None: the sum of the routed weights over
+            routed_scaling_factor, before both are applied: 1 where renormalised. A number: that
+            weight. "gate": the sigmoid of a column of router_logits of its own, behind those of the
+            experts. "sink" (sigmoid_bias_sink): the same, in one sum with the routed weights.
+        num_zero_experts: the last of the columns stand for experts that return their input: id -1,
+            with their weight.
+        num_token_non_padded: [1] int32 on the device of the logits; tokens from there on have ids
+            -1 and weights 0, whatever their logits.
+        expert_map: [n] int32, the id that is written for an expert; -1: not here. Shared ids are
+            not mapped.
+        replica_map: [num_experts, replicas] int32, before expert_map: the physical ids of each
+            expert, -1 behind the last one. A token takes replica token * 2654435769 mod 2^32 mod n.
+        tid2eid, token_ids: "hash": ids are tid2eid[token_ids[t]], of [vocabulary, topk] and
+            [num_tokens]. "forced": ids are tid2eid[t]. Ids outside the experts are dropped.
+        expert_scale: [num_experts] float32, multiplies the weights after renormalisation.
+        softcap: logits = softcap * tanh(logits / softcap).
         ids_dtype: "int32" or "int64", of the topk_ids that `route` allocates.
-        weights_dtype: "float32", of the topk_weights that `route` allocates.
-
-    The other fields are reserved and raise NotImplementedError when given:
-        correction_bias [num_experts] added to the scores for the choice only; num_groups and
-        topk_groups, the choice restricted to the best groups; num_fused_shared_experts and
-        shared_weight, extra slots of experts that every token visits; num_token_non_padded [1] on
-        the device, rows from there on are dropped; expert_map and replica_map, logical to physical
-        ids; tid2eid and token_ids, hash routing; expert_scale [num_experts]; softcap, logits =
-        softcap * tanh(logits / softcap).
+        weights_dtype: "float32", "bfloat16" or "float16", of the topk_weights that `route`
+            allocates.
 
     Raises:
-        TypeError, ValueError: a field of the wrong kind or outside its range.
-        NotImplementedError: a reserved field or a method that is not built.
+        TypeError, ValueError: a field of the wrong kind or outside its range, or that the method
+            does not take. What needs the number of experts is checked by the call.
 
     Oracle: reference.route. Papers: arXiv:1701.06538 (top-k gating), arXiv:2401.04088 (top-k, then
-        softmax).
+        softmax), arXiv:2412.19437 (sigmoid, bias and groups).
     """
 
     topk: int
@@ -72,7 +99,8 @@ class Routing:
     num_groups: int | None = None
     topk_groups: int | None = None
     num_fused_shared_experts: int = 0
-    shared_weight: float | None = None
+    shared_weight: float | str | None = None
+    num_zero_experts: int = 0
     num_token_non_padded: Any = None
     expert_map: Any = None
     replica_map: Any = None
@@ -84,56 +112,138 @@ class Routing:
     weights_dtype: str = "float32"
 
     def __post_init__(self):
-        if isinstance(self.topk, bool) or not hasattr(type(self.topk), "__index__"):
-            raise TypeError(f"topk: expected an int, got {type(self.topk).__name__}")
-        if not 1 <= self.topk <= MAX_TOPK:
-            raise ValueError(f"topk: expected 1 to {MAX_TOPK}, got {self.topk}")
+        _check_count("topk", self.topk, 1, MAX_TOPK)
         if not isinstance(self.method, str):
             raise TypeError(f"method: expected a str, got {type(self.method).__name__}")
-        if self.method in PLANNED_METHODS:
-            raise NotImplementedError(
-                f"method: {self.method!r} is not built yet, only {names(METHODS)}"
-            )
         if self.method not in METHODS:
             raise ValueError(f"method: expected one of {names(METHODS)}, got {self.method!r}")
-        _, default, free = METHODS[self.method]
-        if self.renormalize is not None:
-            if not isinstance(self.renormalize, bool):
-                kind = type(self.renormalize).__name__
-                raise TypeError(f"renormalize: expected True, False or None, got {kind}")
-            if self.renormalize != default and not free:
-                raise ValueError(
-                    f"renormalize: expected {default} or None with method {self.method!r}, "
-                    f"got {self.renormalize}"
-                )
-        scale = self.routed_scaling_factor
-        if isinstance(scale, bool) or not isinstance(scale, Real):
-            raise TypeError(f"routed_scaling_factor: expected a float, got {type(scale).__name__}")
-        if not math.isfinite(scale):
-            raise ValueError(f"routed_scaling_factor: expected a finite number, got {scale}")
+        method = METHODS[self.method]
+        self._check_renormalize(method.renormalize)
+        _check_number("routed_scaling_factor", self.routed_scaling_factor)
+        self._check_groups(method.groups)
+        self._check_shared()
+        _check_count("num_zero_experts", self.num_zero_experts, 0, 1023)
+        if self.softcap is not None:
+            _check_number("softcap", self.softcap)
+            if self.softcap <= 0:
+                raise ValueError(f"softcap: expected a number above 0, got {self.softcap}")
+        self._check_given("correction_bias", method.bias != "none")
+        self._check_given("tid2eid", method.ids == "table")
+        self._check_given("token_ids", self.method == "hash")
         if self.ids_dtype not in ("int32", "int64"):
             raise TypeError(f'ids_dtype: expected "int32" or "int64", got {self.ids_dtype!r}')
-        if self.weights_dtype != "float32":
-            raise NotImplementedError(
-                f'weights_dtype: only "float32" is built, got {self.weights_dtype!r}'
+        if self.weights_dtype not in ("float32", "bfloat16", "float16"):
+            raise TypeError(
+                f'weights_dtype: expected "float32", "bfloat16" or "float16", '
+                f"got {self.weights_dtype!r}"
             )
-        for field in fields(self):
-            if field.name in _BUILT:
-                continue
-            value = getattr(self, field.name)
-            if value is not field.default and not (field.default == 0 and value == 0):
-                raise NotImplementedError(f"{field.name}: this field of Routing is not built yet")
+        object.__setattr__(self, "knobs", self._knobs())
+
+    def _check_renormalize(self, rule):
+        value = self.renormalize
+        if value is None:
+            return
+        if not isinstance(value, bool):
+            raise TypeError(
+                f"renormalize: expected True, False or None, got {type(value).__name__}"
+            )
+        if value == {"never": True, "always": False}.get(rule):
+            raise ValueError(
+                f"renormalize: expected {not value} or None with method {self.method!r}, "
+                f"got {value}"
+            )
+
+    def _check_groups(self, rule):
+        self._check_given("num_groups", rule != "none")
+        self._check_given("topk_groups", rule in ("max", "top2"))
+        if self.num_groups is not None:
+            _check_count("num_groups", self.num_groups, 1, MAX_TOPK)
+        if self.topk_groups is not None:
+            _check_count("topk_groups", self.topk_groups, 1, self.num_groups)
+        if rule == "quota" and self.topk % self.num_groups:
+            raise ValueError(
+                f"topk: expected a multiple of num_groups {self.num_groups} with method "
+                f"{self.method!r}, got {self.topk}"
+            )
+        if self.method == "llama4" and self.topk != 1:
+            raise ValueError(f"topk: expected 1 with method 'llama4', got {self.topk}")
+        if self.method == "sparsemixer" and self.topk > 2:
+            raise ValueError(f"topk: expected 1 or 2 with method 'sparsemixer', got {self.topk}")
+
+    def _check_shared(self):
+        count, weight = self.num_fused_shared_experts, self.shared_weight
+        _check_count("num_fused_shared_experts", count, 0, MAX_TOPK - self.topk)
+        if isinstance(weight, str):
+            if weight not in SHARED_WEIGHTS:
+                raise ValueError(
+                    f"shared_weight: expected a number, None or one of {names(SHARED_WEIGHTS)}, "
+                    f"got {weight!r}"
+                )
+        elif weight is not None:
+            _check_number("shared_weight", weight)
+        if weight is not None and not count:
+            raise ValueError(
+                f"shared_weight: expected None without num_fused_shared_experts, got {weight!r}"
+            )
+        if (weight == "sink") != (self.method == "sigmoid_bias_sink"):
+            raise ValueError(
+                'shared_weight: "sink" and method "sigmoid_bias_sink" come together, got '
+                f"{weight!r} and {self.method!r}"
+            )
+
+    def _check_given(self, name, wanted):
+        if (getattr(self, name) is not None) != wanted:
+            expected, got = ("a value", "None") if wanted else ("None", "a value")
+            raise ValueError(f"{name}: expected {expected} with method {self.method!r}, got {got}")
+
+    def _knobs(self):
+        """What the extension takes beside topk, method and scale, in the order of binding.h; None
+        where there is nothing."""
+        if all(getattr(self, name) is default for name, default in _KNOB_DEFAULTS):
+            return None
+        return (
+            self.renormalize,
+            self.num_groups,
+            self.topk_groups,
+            self.num_fused_shared_experts,
+            self.shared_weight,
+            self.num_zero_experts,
+            self.softcap,
+            self.weights_dtype,
+            self.correction_bias,
+            self.expert_scale,
+            self.num_token_non_padded,
+            self.expert_map,
+            self.replica_map,
+            self.tid2eid,
+            self.token_ids,
+        )
 
     @property
-    def kernel_method(self) -> str:
-        """The kernel's row: "softmax_topk" as it is, "topk_softmax" divided by the sum."""
-        renormalize = METHODS[self.method][1] if self.renormalize is None else self.renormalize
-        return "topk_softmax" if renormalize else "softmax_topk"
+    def num_slots(self) -> int:
+        """Columns of topk_weights and topk_ids: the routed experts and the shared ones."""
+        return self.topk + self.num_fused_shared_experts
 
 
-_BUILT = frozenset(
-    ("topk", "method", "renormalize", "routed_scaling_factor", "ids_dtype", "weights_dtype")
+_KNOB_DEFAULTS = tuple(
+    (field.name, field.default)
+    for field in fields(Routing)
+    if field.name not in ("topk", "method", "routed_scaling_factor", "ids_dtype")
 )
+
+
+def _check_count(name, value, low, high):
+    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected {low} to {high}, got {value}")
+
+
+def _check_number(name, value):
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
 
 
 def names(choices) -> str:
