@@ -84,7 +84,7 @@ def fused_moe(
         w2,
         router_logits,
         routing.topk,
-        routing.method,
+        routing.kernel_method,
         routing.routed_scaling_factor,
         routing.knobs,
         quant,
@@ -283,7 +283,7 @@ def route(router_logits, routing, *, out_weights=None, out_ids=None, stream=None
     return _C.route(
         router_logits,
         routing.topk,
-        routing.method,
+        routing.kernel_method,
         routing.routed_scaling_factor,
         routing.knobs,
         routing.ids_dtype,
