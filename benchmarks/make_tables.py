@@ -23,7 +23,7 @@ def portable():
     document, records = load("h200_portable.json", lambda r: r["case"] == "portable")
     models = list(dict.fromkeys(record["model"] for record in records))
     us = {(record["model"], record["num_tokens"]): record["us"] for record in records}
-    rows = [["µs per layer"] + [f"{n} tokens" for n in SHOWN_TOKENS]]
+    rows = [["µs per layer at num_tokens ="] + [str(n) for n in SHOWN_TOKENS]]
     for name in models:
         first = next(record for record in records if record["model"] == name)
         sizes = "{hidden_size}, {intermediate_size}, {num_experts}, {topk}".format(**first)

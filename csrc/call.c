@@ -5,6 +5,7 @@
  * Nothing is written before the last check has passed. On the fast path (table tensors, out and
  * workspace given, a plan that is cached) nothing is allocated and no Python code runs. */
 #include "binding.h"
+#include "cpu/cpu.h"
 #include "cuda/cuda.h"
 
 #include <inttypes.h>
@@ -452,6 +453,7 @@ PyObject *call_finish(call_frame *f, PyObject *stream_object)
     PyObject *result = NULL;
     void *stream = NULL;
     if (f->err.status) goto done;
+    if (f->like->backend == MOE_CPU) moe_cpu_read_environment();
     if (stream_object != Py_None && parse_stream(f, stream_object, &stream)) goto done;
     if (make_plan(f)) goto done;
     if (tensor_present(&f->call.workspace) && check_workspace(f)) goto done;

@@ -77,7 +77,11 @@ static int check_w13(const moe_tensor *w13, int32_t dtype, moe_error *err)
     moe_tensor_text(w13, got, sizeof got);
     if (w13->dtype != MOE_BF16 && w13->dtype != MOE_F16 && w13->dtype != MOE_F32)
         return moe_fail(err, MOE_ERROR_TYPE,
-                        "w13: expected dtype bfloat16, float16 or float32, got %s", got);
+                        "w13: expected dtype bfloat16, float16 or float32%s, got %s",
+                        w13->dtype == MOE_U16 || w13->dtype == MOE_I16
+                            ? ", or dtype='bfloat16' where integers hold such numbers"
+                            : "",
+                        got);
     if (dtype != MOE_DTYPE_NONE && w13->dtype != dtype)
         return moe_fail(err, MOE_ERROR_TYPE,
                         "w13: expected %s (dtype=) or integers of its width, got %s",
@@ -341,9 +345,9 @@ static int fill(experts_object *self, module_state *state, PyObject *const *v, m
     if (parse_layer_options(state, kw, &self->options, &self->dtype, err)) return err->status;
     if (parse_int("max_tokens", v[EXPERTS_MAX_TOKENS], 0, &self->max_tokens, err))
         return err->status;
-    if (v[EXPERTS_MAX_TOKENS] != Py_None && self->max_tokens < 1)
-        return moe_fail(err, MOE_ERROR_VALUE,
-                        "max_tokens: expected None or at least 1, got %" PRId64, self->max_tokens);
+    if (v[EXPERTS_MAX_TOKENS] != Py_None && (self->max_tokens < 1 || self->max_tokens > INT32_MAX))
+        return moe_fail(err, MOE_ERROR_VALUE, "max_tokens: expected None or 1 .. %d, got %" PRId64,
+                        (int)INT32_MAX, self->max_tokens);
     if (own(state, kw[KW_EXPERT_MAP], "expert_map", MOE_DTYPE_NONE, &self->expert_map,
             &self->expert_map_hold, err))
         return err->status;

@@ -589,6 +589,7 @@ static PyObject *py_info(PyObject *module, PyObject *ignored)
     int driver = 0;
     (void)module, (void)ignored;
     error_clear(&err);
+    moe_cpu_read_environment();
     if (moe_cpu_device_info(&cpu, &err)) return raise_error(&err);
     error_clear(&err);
     if (moe_cuda_driver_version(&driver, &err)) driver = 0;
@@ -604,6 +605,7 @@ static PyObject *py_cpu_read_bandwidth(PyObject *module, PyObject *ignored)
 {
     double bytes_per_us;
     (void)module, (void)ignored;
+    moe_cpu_read_environment();
     Py_BEGIN_ALLOW_THREADS
     bytes_per_us = moe_cpu_read_bandwidth();
     Py_END_ALLOW_THREADS
@@ -681,6 +683,7 @@ static int module_exec(PyObject *module)
     module_state *state = PyModule_GetState(module);
     moe_error err;
     error_clear(&err);
+    moe_cuda_read_environment();
     if (parse_init(state, &err) || tensor_context_init(&state->tensors, &err) ||
         read_workspace_limit(&state->workspace_limit, &err))
         goto failed;

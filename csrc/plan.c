@@ -213,7 +213,8 @@ static int64_t take(int64_t *total, bool used, int64_t bytes)
 {
     if (!used) return -1;
     int64_t at = *total;
-    *total += round_up(bytes, MOE_ALIGNMENT);
+    if (__builtin_add_overflow(at, round_up(bytes, MOE_ALIGNMENT), total))
+        *total = INT64_MAX; /* more than any limit: choose_chunk takes fewer tokens */
     return at;
 }
 
@@ -274,7 +275,9 @@ static int64_t tokens_within(const moe_plan *plan, int64_t limit)
 static int choose_chunk(moe_plan *plan, moe_error *err)
 {
     const moe_problem *p = &plan->problem;
-    const int64_t limit = p->workspace_limit > 0 ? p->workspace_limit : MOE_WORKSPACE_LIMIT;
+    /* half of 64 bits is beyond every address, and leaves room to add to */
+    const int64_t limit =
+        min64(p->workspace_limit > 0 ? p->workspace_limit : MOE_WORKSPACE_LIMIT, INT64_MAX / 2);
     plan->chunk_tokens = is_layer(p) ? tokens_within(plan, limit) : p->num_tokens;
     if (p->num_tokens > 0 && plan->chunk_tokens == 0) {
         moe_workspace w;
@@ -334,13 +337,11 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
 
     const int64_t tokens = plan->chunk_tokens, slots = tokens * p->topk;
     const double experts = fmax(distinct_experts(p, tokens), 1e-9), rows = (double)slots / experts;
+    const int64_t row_bytes = ((int64_t)p->hidden_size + p->intermediate_size) * bytes;
     const int32_t halves = p->gated ? 2 : 1;
-    const gemm_shape gate_up = {
-        experts,        rows,  (int64_t)halves * p->intermediate_size,
-        p->hidden_size, bytes, (p->hidden_size + p->intermediate_size) * bytes};
-    const gemm_shape down = {experts,        rows,
-                             p->hidden_size, p->intermediate_size,
-                             bytes,          (p->intermediate_size + p->hidden_size) * bytes};
+    const gemm_shape gate_up = {experts,        rows,  (int64_t)halves * p->intermediate_size,
+                                p->hidden_size, bytes, row_bytes};
+    const gemm_shape down = {experts, rows, p->hidden_size, p->intermediate_size, bytes, row_bytes};
     plan->gate_up.variant = plan->down.variant = -1;
     plan->align_blocks = align_blocks(plan, slots);
     plan->tile_rows = SMALLEST_TILE_ROWS;

@@ -222,6 +222,15 @@ int tensor_from_dltensor(const char *name, const DLTensor *dl, uint64_t flags, m
                         "with %d bits and %d lanes%s",
                         name, dl->dtype.code, dl->dtype.bits, dl->dtype.lanes,
                         dl->dtype.code == kDLComplex ? " (complex)" : "");
+    if (dl->ndim > 0 && dl->shape == NULL)
+        return moe_fail(err, MOE_ERROR_VALUE,
+                        "%s: expected a shape of %d extents, got a null pointer", name,
+                        (int)dl->ndim);
+    if (dl->byte_offset > UINTPTR_MAX - (uintptr_t)dl->data)
+        return moe_fail(err, MOE_ERROR_VALUE,
+                        "%s: expected memory inside the address space, got byte offset %" PRIu64
+                        ", which leaves it",
+                        name, dl->byte_offset);
     void *data = dl->data ? (char *)dl->data + dl->byte_offset : NULL;
     if (dtype == MOE_F4E2M1) {
         if (describe_fp4(name, data, dl, (flags & DLPACK_FLAG_BITMASK_IS_SUBBYTE_TYPE_PADDED) != 0,
@@ -743,6 +752,19 @@ static int allocate_by_torch(tensor_context *ctx, PyObject *prototype, const cha
     return err->status;
 }
 
+/* What was allocated is written without further checks: an allocator is not taken at its word. */
+static bool is_compact(const moe_tensor *tensor, int32_t ndim, const int64_t *shape)
+{
+    int64_t stride = 1;
+    if (tensor->ndim != ndim) return false;
+    for (int i = ndim - 1; i >= 0; --i) {
+        if (tensor->shape[i] != shape[i]) return false;
+        if (shape[i] > 1 && tensor->span_bytes > 0 && tensor->stride[i] != stride) return false;
+        stride *= shape[i];
+    }
+    return true;
+}
+
 int tensor_allocate(tensor_context *ctx, PyObject *prototype, const moe_tensor *beside,
                     const char *name, int32_t dtype, int32_t ndim, const int64_t *shape,
                     moe_tensor *tensor, tensor_hold *hold, PyObject **result, PyObject **wrap,
@@ -788,14 +810,14 @@ int tensor_allocate(tensor_context *ctx, PyObject *prototype, const moe_tensor *
     }
     if (moe_dtype_bytes(tensor->dtype) != moe_dtype_bytes(dtype) ||
         tensor->backend != beside->backend || tensor->device != beside->device ||
-        tensor->readonly) {
+        tensor->readonly || !is_compact(tensor, ndim, shape)) {
         tensor_release(hold);
         if (result) Py_CLEAR(*result);
         if (wrap) Py_CLEAR(*wrap);
-        return moe_fail(
-            err, MOE_ERROR_RUNTIME,
-            "%s: expected the framework to allocate a writable %s tensor on the same device", name,
-            moe_dtype_name(dtype));
+        return moe_fail(err, MOE_ERROR_RUNTIME,
+                        "%s: expected the framework to allocate a writable, compact %s tensor of "
+                        "the shape it was asked for, on the same device",
+                        name, moe_dtype_name(dtype));
     }
     tensor->dtype = dtype; /* 16-bit integers that hold bf16 get 16-bit integers back */
     return MOE_OK;

@@ -466,6 +466,13 @@ static int check_activations(const char *name, const moe_tensor *t, const char *
                              moe_error *err)
 {
     const expectation want = {name, t, {MOE_BF16, MOE_F16, MOE_F32}, 2, {-1, -1}, text, false};
+    char got[TEXT];
+    if (tensor_present(t) && (t->dtype == MOE_U16 || t->dtype == MOE_I16))
+        return moe_fail(
+            err, MOE_ERROR_TYPE,
+            "%s: expected dtype bfloat16, float16 or float32, or dtype='bfloat16' where "
+            "integers hold such numbers, got %s",
+            name, moe_tensor_text(t, got, sizeof got));
     if (check_tensor(&want, err)) return err->status;
     if (t->dtype == MOE_F32 && t->backend == MOE_CUDA)
         return moe_fail(err, MOE_ERROR_NOT_IMPLEMENTED,

@@ -335,7 +335,8 @@ struct gemm_mma {
     static __device__ __forceinline__ int32_t load_slot(const work &work, const Args &args)
     {
         int32_t r = threadIdx.x;
-        return r < work.num_rows ? args.sorted_token_ids[work.row_begin + r] : -1;
+        // Past L1, as the tiles: down asks before it has waited for gate_up.
+        return r < work.num_rows ? __ldcg(args.sorted_token_ids + work.row_begin + r) : -1;
     }
 
     // The token of a slot, -1 for none. What sorted_token_ids says is not trusted: stages can be called alone.

@@ -112,6 +112,7 @@ class Producer:
         null_strides=False,
         before=0,
         null_data=False,
+        null_shape=False,
         code=None,
         bits=None,
         lanes=1,
@@ -129,7 +130,7 @@ class Producer:
         self.code, self.bits = own[0] if code is None else code, own[1] if bits is None else bits
         self.lanes, self.ndim = lanes, len(self.shape) if ndim is None else ndim
         self.null_data, self.device_says = null_data, device_says or device
-        self.export_error = export_error
+        self.null_shape, self.export_error = null_shape, export_error
         self.exported = self.deleted = 0
 
     def __dlpack_device__(self):
@@ -145,13 +146,14 @@ class Producer:
         managed = ManagedVersioned() if versioned else Managed()
         tensor = managed.tensor
         tensor.data = None if self.null_data else self.array.ctypes.data - self.before
-        tensor.byte_offset = self.before
+        tensor.byte_offset = self.before  # modulo 2^64
         tensor.device = Device(*self.device)
         tensor.ndim = self.ndim
         tensor.dtype = DataType(self.code, self.bits, self.lanes)
         shape = (ctypes.c_int64 * max(1, len(self.shape)))(*self.shape)
         strides = (ctypes.c_int64 * max(1, len(self.strides)))(*self.strides)
-        tensor.shape = ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64))
+        if not self.null_shape:
+            tensor.shape = ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64))
         if not self.null_strides:
             tensor.strides = ctypes.cast(strides, ctypes.POINTER(ctypes.c_int64))
         address = ctypes.addressof(managed)

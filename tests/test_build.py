@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import shutil
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -223,3 +225,18 @@ def test_jobs_are_capped_by_cores_and_memory(machine, monkeypatch, cores, gib, j
     assert objects.num_jobs() == jobs
     monkeypatch.setenv("FUSEDMOE_JOBS", "3")
     assert objects.num_jobs() == 3
+
+
+def test_cpu_backend_compiles_where_there_is_no_x86(tmp_path):
+    """simd.c named a function that only x86 had: no other machine could build."""
+    compiler = shutil.which("gcc") or pytest.skip("needs gcc")
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    header = tmp_path / "csrc" / "cpu" / "simd.h"
+    text = header.read_text()
+    assert "defined(__x86_64__)" in text
+    header.write_text(text.replace("defined(__x86_64__)", "0"))
+    sources = sorted(map(str, (tmp_path / "csrc" / "cpu").glob("*.c")))
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    done = subprocess.run([compiler, *flags, *sources], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -202,7 +202,9 @@ TABLE = [
     ("fused_experts", {"hidden_states": NoNumber()}, TYPE),
     ("fused_experts", {"hidden_states": zeros(T, H, dtype=np.float64)}, TYPE),
     ("fused_experts", {"hidden_states": zeros(T, H, dtype=np.int32)}, TYPE),
-    ("fused_experts", {"hidden_states": zeros(T, H, dtype=np.int16)}, TYPE),
+    # numbers held by integers, without dtype=: the text has to name that keyword
+    ("fused_experts", {"hidden_states": zeros(T, H, dtype=np.int16)}, TYPE, "states: .* dtype='bf"),
+    ("Experts", {"w13": zeros(E, 2 * N, H, dtype=np.uint16)}, TYPE, "w13: .* dtype='bfloat16'"),
     ("fused_experts", {"hidden_states": zeros(T, H, dtype=bool)}, TYPE),
     ("fused_experts", {"hidden_states": zeros(T, H, dtype=np.complex64)}, TYPE),
     ("fused_experts", {"hidden_states": zeros(T * H)}, VALUE),
@@ -530,6 +532,7 @@ TABLE = [
     ("Experts", {"max_tokens": -1}, VALUE),
     ("Experts", {"max_tokens": "64"}, TYPE),
     ("Experts", {"max_tokens": 2**70}, VALUE),
+    ("Experts", {"max_tokens": 2**40}, VALUE),
     ("Experts", {"w13_scale": zeros(E, dtype=F32)}, NOT),
     ("Experts", {"batch_invariant": True}, NOT),
     ("Experts", {"shared_output": None}, TYPE),

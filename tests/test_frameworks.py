@@ -512,6 +512,26 @@ def test_result_needs_a_framework(layer):
         producer.check_released()
 
 
+def test_allocation_of_another_shape(layer):
+    """What the framework allocated was written as if it had the shape that it was asked for."""
+    torch = need("torch")
+
+    class Stubborn(torch.Tensor):
+        def new_empty(self, size, **options):
+            return made
+
+    as_torch = {n: torch.from_numpy(a.astype(F32)) for n, a in layer.tensors().items()}
+    as_torch["topk_ids"] = torch.from_numpy(layer.topk_ids)
+    as_torch["hidden_states"] = as_torch["hidden_states"].as_subclass(Stubborn)
+    for made in (torch.full((1, 48), 7.0), torch.full((9, 96), 7.0)[:, ::2], torch.ones(9 * 48)):
+        before = made.clone()
+        with pytest.raises((ValueError, RuntimeError), match="^out: "):
+            fused_experts(**as_torch)
+        assert torch.equal(made, before)
+    made = torch.empty(9, 48)
+    assert fused_experts(**as_torch) is made
+
+
 @pytest.mark.parametrize("name", TENSORS)
 @pytest.mark.parametrize(
     "trouble, error",
@@ -523,6 +543,8 @@ def test_result_needs_a_framework(layer):
         (dict(ndim=9), ValueError),
         (dict(ndim=-1), ValueError),
         (dict(null_data=True), ValueError),
+        (dict(null_shape=True), ValueError),  # was read
+        (dict(before=-64), ValueError),  # a byte_offset of 2^64 - 64 came around to the tensor
         (dict(lanes=2), TypeError),
         (dict(code=producers.COMPLEX, bits=64), TypeError),
         (dict(code=99), TypeError),

@@ -235,6 +235,7 @@ def test_gpu_memory(gpu, layer):
 
     for _ in range(100):
         call()
+    gc.collect()  # tensors of earlier tests that only a cycle holds
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
     assert_flat(call, list(kwargs.values()))

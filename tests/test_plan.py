@@ -209,6 +209,23 @@ def test_a_limit_below_one_token():
         plan(4, 2048, 768, 128, 8, workspace_limit=4096)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("limit", [2**50, 2**63 - 1], ids=["2^50", "2^63"])
+def test_the_largest_sizes_do_not_overflow(device, limit):
+    """The bytes of 2^31 slots of 2^30 columns, twice, passed 2^63 and came out negative: a
+    workspace that is too small. hidden_size + intermediate_size passed 2^31."""
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    options = dict(dtype=dtype, device=device, workspace_limit=limit)
+    sizes = 2**30, 2**30, 1
+    assert 0 < fusedmoe.workspace_size(1, *sizes, 1, **options) <= limit
+    for tokens, topk in ((2**31 - 1, 1), (2**26 - 1, 32)):
+        p = plan(tokens, *sizes, topk, **options)
+        assert 0 < p["workspace"]["total"] <= limit
+        assert p["num_chunks"] == -(-tokens // p["chunk_tokens"])
+        assert all(0 <= offset < p["workspace"]["total"] for _, offset in offsets_of(p))
+        assert p["gate_up"]["bytes"] > 0 and p["down"]["bytes"] > 0
+
+
 def test_no_tokens():
     for device in ("cuda", "cpu"):
         p = plan(0, 64, 32, 4, 2, device=device)

@@ -282,3 +282,39 @@ assert support.same_bits(fused_experts(**layer.tensors()), want)
 print("fine")
 """
     assert run_python(code) == "fine\n"
+
+
+ENVIRONMENT = """
+import os, threading, time
+import numpy as np
+from fusedmoe import fused_experts
+
+x, w13, w2 = (np.ones(shape, np.float32) for shape in ((1, 4), (1, 4, 4), (1, 4, 2)))
+weights, ids = np.ones((1, 1), np.float32), np.zeros((1, 1), np.int32)
+out, workspace, stop = np.empty_like(x), np.empty(4096, np.uint8), threading.Event()
+
+
+def call():
+    while not stop.is_set():
+        fused_experts(x, w13, w2, weights, ids, out=out, workspace=workspace)
+
+
+threads = [threading.Thread(target=call) for _ in range(2)]
+for thread in threads:
+    thread.start()
+end = time.monotonic() + 4
+while time.monotonic() < end:
+    for i in range(3000):
+        os.environ[f"FUSEDMOE_TEST_{i}"] = "v" * 50
+    for i in range(3000):
+        del os.environ[f"FUSEDMOE_TEST_{i}"]
+stop.set()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_environment_that_changes_during_calls():
+    """Stages asked for their variables without the GIL, and getenv beside another thread's setenv
+    read freed memory: a crash after a second or two."""
+    run_python(ENVIRONMENT)

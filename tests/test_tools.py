@@ -180,6 +180,11 @@ def test_plan(capsys):
         (["plan", "--model", "gpt5"], "model: expected one of qwen3_30b"),
         (["plan", "--tokens", "-1"], "num_tokens"),
         (["demo", "--model", "gpt5"], "model: expected one of"),
+        # went unseen until after the weights, or gave "every result is within its bound" of none
+        (["demo", "--tokens", ","], "tokens: expected numbers of at least 1"),
+        (["demo", "--tokens", "1,-1"], "tokens: expected numbers of at least 1"),
+        (["bench", "--tokens", "0"], "tokens: expected numbers of at least 1"),
+        (["bench", "--tokens", "x"], "tokens: expected numbers of at least 1"),
     ],
 )
 def test_wrong_commands(capsys, argv, text):
@@ -364,3 +369,10 @@ def test_links_of_the_readme_lead_somewhere():
     text = (ROOT / "README.md").read_text() + (ROOT / "docs" / "usage.md").read_text()
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (ROOT / target).exists(), target
+
+
+def test_a_plot_that_cannot_be_written_is_refused_before_the_measurement(capsys):
+    """It once failed after the measurement."""
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--plot", "layer.txt"])
+    assert "--plot" in capsys.readouterr().err

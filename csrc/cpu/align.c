@@ -7,9 +7,10 @@
  * moe_cpu_align_pad: the same rows padded to blocks, for the kernels of other engines.
  *
  * FUSEDMOE_CHECK=1: an id that no expert can have is an error here, before anything is written. */
-#include "../moe.h"
+#include "cpu.h"
 
 #include <inttypes.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -37,13 +38,20 @@ static int32_t local_expert(const moe_align_args *args, int64_t id)
     return local >= 0 && local < args->num_experts ? (int32_t)local : -1;
 }
 
+static atomic_bool check_asked;
+
+void moe_read_check(void)
+{
+    const char *check = getenv("FUSEDMOE_CHECK");
+    atomic_store_explicit(&check_asked, check && strcmp(check, "1") == 0, memory_order_relaxed);
+}
+
 /* An id is wrong when it is none of any rank's experts: outside expert_map; negative where expert_start
  * says that there are other ranks, whose number is not known here; outside [0, num_experts) else. -1 is
  * the word for a dropped slot and always right. */
 int moe_cpu_check_ids(const moe_align_args *args, moe_error *err)
 {
-    const char *check = getenv("FUSEDMOE_CHECK");
-    if (!check || strcmp(check, "1") != 0) return MOE_OK;
+    if (!atomic_load_explicit(&check_asked, memory_order_relaxed)) return MOE_OK;
     int64_t end = args->num_experts;
     if (args->expert_map)
         end = args->expert_map_size;

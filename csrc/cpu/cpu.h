@@ -4,6 +4,12 @@
 
 #include "../moe.h"
 
+/* Reads FUSEDMOE_NUM_THREADS, FUSEDMOE_CPU_ISA and FUSEDMOE_CHECK, for this call and those that run. With
+ * the GIL, before a call releases it: whoever sets a variable in Python holds it, and getenv beside a setenv
+ * reads freed memory (glibc before 2.41). Nothing below here asks the environment by itself. */
+void moe_cpu_read_environment(void);
+void moe_read_check(void); /* its part in align.c */
+
 /* Instruction set in use: "scalar", "avx2", "avx512" or "avx512_bf16". */
 const char *moe_cpu_isa(void);
 

@@ -16,6 +16,13 @@
 #include <cpuid.h>
 #endif
 
+void moe_cpu_read_environment(void)
+{
+    moe_read_num_threads();
+    moe_read_simd();
+    moe_read_check();
+}
+
 const char *moe_cpu_isa(void)
 {
     return moe_get_simd()->name;

@@ -27,11 +27,10 @@ enum {
     PACKED_BYTES = 512 * 1024, /* aim for one item's packed token rows: half of a common L2 */
     ITEM_BYTES = 1024 * 1024,  /* aim for one item's weights */
     MIN_COLS = MOE_VECTOR_FLOATS,
-    ITEMS_PER_THREAD = 8, /* at least, where MIN_COLS allows: evens out the end of a stage */
-    SHARES = 4,           /* a share is this part of what is left for each thread */
-    LOOKAHEAD_BYTES =
-        16 * 1024,          /* between fetching a weight and using it, for more than one group */
-    SMALL_WORK = 256 * 1024 /* weight bytes + products / 8 that do not pay for waking a thread */
+    ITEMS_PER_THREAD = 8,        /* at least, where MIN_COLS allows: evens out the end of a stage */
+    SHARES = 4,                  /* a share is this part of what is left for each thread */
+    LOOKAHEAD_BYTES = 16 * 1024, /* from fetching a weight to using it, for more than one group */
+    SMALL_WORK = 256 * 1024      /* weight bytes + products / 8 not worth waking a thread for */
 };
 
 /* The rows of one expert that has any. */

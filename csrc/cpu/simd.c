@@ -24,13 +24,24 @@ static int detect_level(void)
 static const moe_simd *const TABLES[MOE_SIMD_COUNT] = {&moe_simd_scalar, &moe_simd_avx2,
                                                        &moe_simd_avx512, &moe_simd_avx512_bf16};
 #else
-static int best_level(void)
+static int detect_level(void)
 {
     return MOE_SIMD_SCALAR;
 }
 
 static const moe_simd *const TABLES[1] = {&moe_simd_scalar};
 #endif
+
+static atomic_int asked_level_plus_one; /* FUSEDMOE_CPU_ISA; 0: not given, or no such table */
+
+void moe_read_simd(void)
+{
+    const char *name = getenv("FUSEDMOE_CPU_ISA");
+    int asked = 0;
+    for (int i = 0; name && i < (int)(sizeof TABLES / sizeof *TABLES); ++i)
+        if (!strcmp(name, TABLES[i]->name)) asked = i + 1;
+    atomic_store_explicit(&asked_level_plus_one, asked, memory_order_relaxed);
+}
 
 const moe_simd *moe_get_simd(void)
 {
@@ -41,8 +52,6 @@ const moe_simd *moe_get_simd(void)
         level = detect_level();
         atomic_store_explicit(&level_plus_one, level + 1, memory_order_relaxed);
     }
-    const char *name = getenv("FUSEDMOE_CPU_ISA");
-    for (int i = 0; name && i < level; ++i)
-        if (!strcmp(name, TABLES[i]->name)) level = i;
-    return TABLES[level];
+    const int asked = atomic_load_explicit(&asked_level_plus_one, memory_order_relaxed) - 1;
+    return TABLES[asked >= 0 && asked < level ? asked : level];
 }

@@ -77,6 +77,7 @@ typedef struct moe_simd {
 
 /* The best table this machine runs; FUSEDMOE_CPU_ISA=scalar|avx2|avx512|avx512_bf16 asks for a lower one. */
 const moe_simd *moe_get_simd(void);
+void moe_read_simd(void); /* the variable; with the GIL, see moe_cpu_read_environment */
 
 extern const moe_simd moe_simd_scalar;
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))

@@ -82,15 +82,24 @@ static int num_cores(void)
     return cores;
 }
 
-int moe_num_threads(void)
+static atomic_int asked_threads; /* FUSEDMOE_NUM_THREADS; 0: not given */
+
+void moe_read_num_threads(void)
 {
-    int threads = num_cores();
+    int threads = 0;
     const char *text = getenv("FUSEDMOE_NUM_THREADS");
     if (text && *text) {
         char *end;
         long value = strtol(text, &end, 10);
         if (*end == 0 && value > 0) threads = value < MAX_THREADS ? (int)value : MAX_THREADS;
     }
+    atomic_store_explicit(&asked_threads, threads, memory_order_relaxed);
+}
+
+int moe_num_threads(void)
+{
+    int threads = atomic_load_explicit(&asked_threads, memory_order_relaxed);
+    if (!threads) threads = num_cores();
     return threads < MAX_THREADS ? threads : MAX_THREADS;
 }
 

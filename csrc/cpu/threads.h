@@ -4,6 +4,7 @@
 
 /* Threads a region may use: FUSEDMOE_NUM_THREADS, else the cores this process may run on. */
 int moe_num_threads(void);
+void moe_read_num_threads(void); /* the variable; with the GIL, see moe_cpu_read_environment */
 
 /* Work of one region. thread is 0 (the caller) .. max_threads - 1 and unique within the region. Work has
  * to be taken from a shared counter: a region ends when the threads that entered have returned, and how

@@ -9,7 +9,7 @@
 #define MOE_CUDA_BUILT 0
 #endif
 
-enum { MOE_COPY_TO_DEVICE = 0, MOE_COPY_TO_HOST = 1, MOE_COPY_ON_DEVICE = 2 };
+enum { MOE_COPY_TO_DEVICE = 0, MOE_COPY_TO_HOST = 1 };
 
 #if MOE_CUDA_BUILT
 
@@ -22,6 +22,8 @@ int moe_cuda_load(int device, moe_error *err);             /* every kernel of th
 int moe_cuda_survived_fork(moe_error *err);
 
 /* launch.c: the stages. Every one only launches. */
+/* FUSEDMOE_SYNC and FUSEDMOE_NO_LAUNCH; with the GIL, since another thread may write os.environ. */
+void moe_cuda_read_environment(void);
 int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device, void *stream,
                    moe_error *err);
 int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device, void *stream,
@@ -45,9 +47,6 @@ int moe_cuda_alloc(int device, int64_t bytes, void **ptr, moe_error *err);
 int moe_cuda_free(int device, void *ptr);
 int moe_cuda_copy(int device, void *dst, const void *src, int64_t bytes, int kind, moe_error *err);
 int moe_cuda_synchronize(int device, moe_error *err);
-int moe_cuda_memory(int device, int64_t *free_bytes, int64_t *total_bytes, moe_error *err);
-/* Bytes per microsecond of a timed copy on the device, read and written bytes counted. */
-int moe_cuda_copy_bandwidth(int device, double *bytes_per_us, moe_error *err);
 int moe_cuda_stream_create(int device, void **stream, moe_error *err);
 int moe_cuda_graph_begin(int device, void *stream, moe_error *err);
 int moe_cuda_graph_end(int device, void *stream, void **graph_exec, moe_error *err);
@@ -80,6 +79,7 @@ static inline int moe_cuda_driver_version(int *version, moe_error *err)
     *version = 0;
     return MOE_CUDA_ABSENT(err);
 }
+static inline void moe_cuda_read_environment(void) {}
 static inline int moe_cuda_survived_fork(moe_error *err)
 {
     (void)err;
@@ -130,17 +130,6 @@ static inline int moe_cuda_copy(int device, void *dst, const void *src, int64_t 
 static inline int moe_cuda_synchronize(int device, moe_error *err)
 {
     (void)device;
-    return MOE_CUDA_ABSENT(err);
-}
-static inline int moe_cuda_memory(int device, int64_t *free_bytes, int64_t *total_bytes,
-                                  moe_error *err)
-{
-    (void)device, (void)free_bytes, (void)total_bytes;
-    return MOE_CUDA_ABSENT(err);
-}
-static inline int moe_cuda_copy_bandwidth(int device, double *bytes_per_us, moe_error *err)
-{
-    (void)device, (void)bytes_per_us;
     return MOE_CUDA_ABSENT(err);
 }
 static inline int moe_cuda_stream_create(int device, void **stream, moe_error *err)

@@ -55,8 +55,7 @@ int moe_cuda_copy(int device, void *dst, const void *src, int64_t bytes, int kin
     if (enter(device, &driver, &pushed, err)) return err->status;
     CUdeviceptr to = (CUdeviceptr)(uintptr_t)dst, from = (CUdeviceptr)(uintptr_t)src;
     CUresult code = kind == MOE_COPY_TO_DEVICE ? driver->cuMemcpyHtoD(to, src, (size_t)bytes)
-                    : kind == MOE_COPY_TO_HOST ? driver->cuMemcpyDtoH(dst, from, (size_t)bytes)
-                                               : driver->cuMemcpyDtoD(to, from, (size_t)bytes);
+                                               : driver->cuMemcpyDtoH(dst, from, (size_t)bytes);
     return leave(driver, pushed, code, "copy", err);
 }
 
@@ -67,18 +66,6 @@ int moe_cuda_synchronize(int device, moe_error *err)
     if (enter(device, &driver, &pushed, err)) return err->status;
     CUresult code = driver->cuCtxSynchronize();
     return leave(driver, pushed, code, "cuCtxSynchronize", err);
-}
-
-int moe_cuda_memory(int device, int64_t *free_bytes, int64_t *total_bytes, moe_error *err)
-{
-    const moe_driver *driver = NULL;
-    int pushed = 0;
-    size_t free_size = 0, total_size = 0;
-    if (enter(device, &driver, &pushed, err)) return err->status;
-    CUresult code = driver->cuMemGetInfo(&free_size, &total_size);
-    *free_bytes = (int64_t)free_size;
-    *total_bytes = (int64_t)total_size;
-    return leave(driver, pushed, code, "cuMemGetInfo", err);
 }
 
 int moe_cuda_stream_create(int device, void **stream, moe_error *err)
@@ -133,27 +120,20 @@ int moe_cuda_graph_destroy(void *graph_exec)
     return driver->cuGraphExecDestroy(graph_exec) == CUDA_SUCCESS ? MOE_OK : MOE_ERROR_RUNTIME;
 }
 
-/* work(argument, stream) between two events, once */
-static CUresult time_once(const moe_driver *driver, CUstream stream,
-                          CUresult (*work)(const moe_driver *, void *, CUstream), void *argument,
-                          float *ms)
+/* One replay between two events. */
+static CUresult time_replay(const moe_driver *driver, CUstream stream, void *graph_exec, float *ms)
 {
     CUevent begin = NULL, end = NULL;
     CUresult code = driver->cuEventCreate(&begin, CU_EVENT_DEFAULT);
     if (code == CUDA_SUCCESS) code = driver->cuEventCreate(&end, CU_EVENT_DEFAULT);
     if (code == CUDA_SUCCESS) code = driver->cuEventRecord(begin, stream);
-    if (code == CUDA_SUCCESS) code = work(driver, argument, stream);
+    if (code == CUDA_SUCCESS) code = driver->cuGraphLaunch(graph_exec, stream);
     if (code == CUDA_SUCCESS) code = driver->cuEventRecord(end, stream);
     if (code == CUDA_SUCCESS) code = driver->cuEventSynchronize(end);
     if (code == CUDA_SUCCESS) code = driver->cuEventElapsedTime(ms, begin, end);
     if (begin) driver->cuEventDestroy(begin);
     if (end) driver->cuEventDestroy(end);
     return code;
-}
-
-static CUresult replay(const moe_driver *driver, void *graph_exec, CUstream stream)
-{
-    return driver->cuGraphLaunch(graph_exec, stream);
 }
 
 int moe_cuda_elapsed(int device, void *graph_exec, void *stream, int replays, float *ms_each,
@@ -164,36 +144,6 @@ int moe_cuda_elapsed(int device, void *graph_exec, void *stream, int replays, fl
     CUresult code = CUDA_SUCCESS;
     if (enter(device, &driver, &pushed, err)) return err->status;
     for (int i = 0; i < replays && code == CUDA_SUCCESS; ++i)
-        code = time_once(driver, stream, replay, graph_exec, &ms_each[i]);
+        code = time_replay(driver, stream, graph_exec, &ms_each[i]);
     return leave(driver, pushed, code, "timing a graph", err);
-}
-
-enum { COPY_BYTES = 1 << 29 };
-
-static CUresult copy_half(const moe_driver *driver, void *buffer, CUstream stream)
-{
-    (void)stream; /* the copy is on the legacy stream, and so are the events */
-    CUdeviceptr base = (CUdeviceptr)(uintptr_t)buffer;
-    return driver->cuMemcpyDtoD(base + COPY_BYTES, base, COPY_BYTES);
-}
-
-int moe_cuda_copy_bandwidth(int device, double *bytes_per_us, moe_error *err)
-{
-    const moe_driver *driver = NULL;
-    int pushed = 0;
-    void *buffer = NULL;
-    CUresult code = CUDA_SUCCESS;
-    *bytes_per_us = 0;
-    if (moe_cuda_alloc(device, (int64_t)COPY_BYTES * 2, &buffer, err)) return err->status;
-    if (!enter(device, &driver, &pushed, err)) {
-        for (int i = 0; i < 6 && code == CUDA_SUCCESS; ++i) {
-            float ms = 0;
-            code = time_once(driver, NULL, copy_half, buffer, &ms);
-            double rate = ms > 0 ? 2.0 * COPY_BYTES / (1e3 * (double)ms) : 0;
-            if (i > 0 && rate > *bytes_per_us) *bytes_per_us = rate; /* the first warms up */
-        }
-        leave(driver, pushed, code, "timing a copy", err);
-    }
-    moe_cuda_free(device, buffer);
-    return err->status;
 }

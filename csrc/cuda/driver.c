@@ -232,6 +232,13 @@ static CUresult load_kernel(const moe_driver *driver, CUlibrary library, const m
         code = driver->cuKernelGetAttribute(&ptx, CU_FUNC_ATTRIBUTE_PTX_VERSION, kernel,
                                             state->handle);
     state->kernels[slot].dependent = ptx >= 90;
+    size_t offset = 0, bytes = 0;
+    if (code == CUDA_SUCCESS && row->param_bytes) {
+        code = driver->cuKernelGetParamInfo(kernel, 0, &offset, &bytes);
+        /* a stale object: C and this kernel were compiled from different moe_kernels.h */
+        if (code == CUDA_SUCCESS && bytes != (size_t)row->param_bytes)
+            code = CUDA_ERROR_INVALID_SOURCE;
+    }
     return code;
 }
 

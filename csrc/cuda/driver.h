@@ -28,18 +28,17 @@ enum { MOE_MAX_DEVICES = 64, MOE_MAX_KERNELS = 256 };
     F(cuLibraryGetKernel, 12000)                                                                   \
     F(cuKernelGetFunction, 12000)                                                                  \
     F(cuKernelGetAttribute, 12000)                                                                 \
+    F(cuKernelGetParamInfo, 12040)                                                                 \
     F(cuKernelSetAttribute, 12000)                                                                 \
     F(cuLaunchKernelEx, 11060)                                                                     \
     F(cuStreamSynchronize, 2000)                                                                   \
     F(cuStreamIsCapturing, 10000)                                                                  \
     F(cuThreadExchangeStreamCaptureMode, 10010)                                                    \
     F(cuTensorMapEncodeTiled, 12000)                                                               \
-    F(cuMemGetInfo, 3020)                                                                          \
     F(cuMemAlloc, 3020)                                                                            \
     F(cuMemFree, 3020)                                                                             \
     F(cuMemcpyHtoD, 3020)                                                                          \
     F(cuMemcpyDtoH, 3020)                                                                          \
-    F(cuMemcpyDtoD, 3020)                                                                          \
     F(cuStreamCreate, 2000)                                                                        \
     F(cuStreamBeginCapture, 10010)                                                                 \
     F(cuStreamEndCapture, 10000)                                                                   \
@@ -76,7 +75,7 @@ typedef struct moe_kernel_row {
     const char *fatbin; /* the .cu file that holds it */
     int smem_bytes;     /* dynamic, more than 48 KiB has to be asked for */
     int arch;           /* 80: any from sm_80 on; 90: sm_90a only */
-    int param_bytes;    /* of its parameters, checked against the driver's where it can tell */
+    int param_bytes;    /* of its stage struct, checked against the code's; 0: none */
 } moe_kernel_row;
 
 const moe_kernel_row *moe_kernel_table(int *count);

@@ -72,19 +72,19 @@ typedef struct geometry {
     bool dependent; /* may start before the kernel in front of it has ended */
 } geometry;
 
-/* An environment variable that is "1", read once. */
-static bool setting(const char *name, atomic_int *known)
+static atomic_bool synchronise_launches, leave_out_launches;
+
+static bool is_one(const char *name)
 {
-    int value = atomic_load_explicit(known, memory_order_relaxed);
-    if (value == 0) {
-        const char *text = getenv(name);
-        value = text && strcmp(text, "1") == 0 ? 2 : 1;
-        atomic_store_explicit(known, value, memory_order_relaxed);
-    }
-    return value == 2;
+    const char *text = getenv(name);
+    return text && strcmp(text, "1") == 0;
 }
 
-static atomic_int sync_setting, no_launch_setting;
+void moe_cuda_read_environment(void)
+{
+    atomic_store_explicit(&synchronise_launches, is_one("FUSEDMOE_SYNC"), memory_order_relaxed);
+    atomic_store_explicit(&leave_out_launches, is_one("FUSEDMOE_NO_LAUNCH"), memory_order_relaxed);
+}
 
 /* FUSEDMOE_SYNC=1: waits for the kernel and names it where it failed; not while the stream is being captured. */
 static int synchronise(const moe_driver *driver, CUstream stream, const char *name, moe_error *err)
@@ -112,7 +112,7 @@ static int launch(int kernel, const geometry *g, void *args, int device, void *s
     if (g->blocks < 1 || g->blocks > INT32_MAX)
         return moe_fail(err, MOE_ERROR_VALUE, "num_tokens: %s would need %lld thread blocks",
                         KERNELS[kernel].name, (long long)g->blocks);
-    if (setting("FUSEDMOE_NO_LAUNCH", &no_launch_setting)) return MOE_OK;
+    if (atomic_load_explicit(&leave_out_launches, memory_order_relaxed)) return MOE_OK;
     CUlaunchAttribute attribute;
     memset(&attribute, 0, sizeof attribute);
     attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
@@ -134,7 +134,7 @@ static int launch(int kernel, const geometry *g, void *args, int device, void *s
         char what[96];
         snprintf(what, sizeof what, "launching kernel %s failed", KERNELS[kernel].name);
         moe_cuda_fail(driver, code, what, err);
-    } else if (setting("FUSEDMOE_SYNC", &sync_setting)) {
+    } else if (atomic_load_explicit(&synchronise_launches, memory_order_relaxed)) {
         synchronise(driver, stream, KERNELS[kernel].name, err);
     }
     moe_context_leave(driver, pushed);

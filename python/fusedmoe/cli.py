@@ -58,12 +58,25 @@ def _parser():
     command.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add_arguments(command, BF16_MODELS[:1], TOKENS)
     command.add_argument("--json", metavar="FILE", help="merge the records into FILE")
-    command.add_argument("--plot", metavar="FILE.png", help="draw, light and dark (matplotlib)")
+    command.add_argument(
+        "--plot", metavar="FILE.png", type=_png, help="draw, light and dark (matplotlib)"
+    )
     command.set_defaults(run=_bench)
 
     command = commands.add_parser("tune", help="not built yet")
     command.set_defaults(run=_tune)
     return parser
+
+
+def _png(name):
+    """What --plot can write, known before the measurement and not after it."""
+    from importlib.util import find_spec
+
+    if not name.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .png, got {name!r}")
+    if find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("matplotlib is not installed: pip install matplotlib")
+    return name
 
 
 def _info(args):
@@ -83,9 +96,9 @@ def _check(args):
 
 def _demo(args):
     from .demo import run
+    from .models import batch_sizes
 
-    tokens = [int(text) for text in args.tokens.split(",") if text]
-    return 0 if run(args.model, args.device, args.dtype, tokens) else 1
+    return 0 if run(args.model, args.device, args.dtype, batch_sizes(args.tokens)) else 1
 
 
 def _plan(args):

@@ -55,12 +55,20 @@ def add_arguments(parser, models, tokens):
     parser.add_argument("--quick", action="store_true", help="one model, a few batch sizes")
 
 
+def batch_sizes(text):
+    """ "1,16" as [1, 16]; ValueError where that is not one number of at least 1 or more of them."""
+    words = text.split(",")
+    if not all(word.strip().isdecimal() and int(word) >= 1 for word in words):
+        raise ValueError(f"tokens: expected numbers of at least 1, comma-separated, got {text!r}")
+    return [int(word) for word in words]
+
+
 def chosen_points(args):
-    """(models, tokens) of parsed arguments; ValueError for an unknown model."""
+    """(models, tokens) of parsed arguments; ValueError for an unknown model or no batch size."""
     models = [name for name in args.models.split(",") if name]
     for name in models:
         model(name)
-    tokens = [int(text) for text in args.tokens.split(",") if text]
+    tokens = batch_sizes(args.tokens)
     if args.quick:
         models, tokens = models[:1], [n for n in tokens if n in QUICK_TOKENS] or tokens[:1]
     return models, tokens

@@ -11,10 +11,9 @@ Common to all:
     synchronisation, no allocation but that of `out` and `workspace` by the caller's framework, so
     it can be captured in a CUDA graph. No gradient is recorded.
     A call that raises has written nothing. TypeError: dtype or kind of object. ValueError: shape,
-        stride, device, overlap,
-    read-only or too small buffer, number out of range. NotImplementedError: no such combination
-    yet. RuntimeError: no GPU, or the driver. MemoryError. The same input gives the same bits,
-    every time.
+    stride, device, overlap, read-only or too small buffer, number out of range.
+    NotImplementedError: no such combination yet. RuntimeError: no GPU, or the driver. MemoryError.
+    The same input gives the same bits, every time.
 """
 
 from __future__ import annotations
