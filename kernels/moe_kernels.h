@@ -143,6 +143,23 @@ typedef struct moe_route_args {
     int32_t reserved;
 } moe_route_args;
 
+/* What of it the short kernel reads (general is 0): a launch costs more the more parameters it carries. */
+typedef struct moe_route_softmax_args {
+    const void *router_logits;
+    void *topk_weights; /* f32 */
+    void *topk_ids;
+    int64_t logits_stride;
+    int64_t weights_stride;
+    int64_t ids_stride;
+    int64_t num_tokens;
+    int32_t num_experts;
+    int32_t topk;
+    int32_t logits_dtype;
+    int32_t ids_dtype;
+    int32_t renormalize;
+    float scale;
+} moe_route_softmax_args;
+
 /* Stage 2, align: rows grouped by expert, stable by slot; the same bits every run.
  * local(id) = expert_map[id] where expert_map is given (outside [0, expert_map_size): dropped), else
  * id - expert_start; a slot whose local id is outside [0, num_experts) is dropped. */
@@ -297,6 +314,7 @@ typedef struct moe_combine_args {
 #endif
 MOE_ASSERT_SIZE(moe_tile, 16);
 MOE_ASSERT_SIZE(moe_route_args, 256);
+MOE_ASSERT_SIZE(moe_route_softmax_args, 80);
 MOE_ASSERT_SIZE(moe_align_args, 120);
 MOE_ASSERT_SIZE(moe_pad_args, 88);
 MOE_ASSERT_SIZE(moe_gate_up_args, 192);

@@ -23,7 +23,7 @@ static __device__ __forceinline__ float warp_sum(float x)
 
 // Lane l holds experts l, l + 32, ...: kHeld of them.
 template <int kHeld>
-static __device__ __forceinline__ void route(const moe_route_args &args, int64_t token)
+static __device__ __forceinline__ void route(const moe_route_softmax_args &args, int64_t token)
 {
     int32_t lane = threadIdx.x % 32;
     uint32_t key[kHeld];
@@ -355,7 +355,7 @@ static __device__ __forceinline__ void route_general(const moe_route_args &args,
 // ---- kernels ------------------------------------------------------------------------------------
 
 extern "C" __global__ void __launch_bounds__(MOE_ROUTE_THREADS, 1)
-    moe_route(const __grid_constant__ moe_route_args args)
+    moe_route(const __grid_constant__ moe_route_softmax_args args)
 {
     grid_dependency_wait();
     grid_launch_dependents();

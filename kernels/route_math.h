@@ -80,12 +80,11 @@ ROUTE_FUNCTION float route_unorder(uint32_t order)
     return route_float(order & 0x80000000u ? order & 0x7fffffffu : ~order);
 }
 
-/* exp(x): 2^n * Taylor of what is left, |r| <= ln(2) / 2. */
+/* exp(x): 2^n * Taylor of what is left, |r| <= ln(2) / 2. Without a branch, so that several run side by side;
+ * NaN passes through. */
 ROUTE_FUNCTION float route_exp(float x)
 {
-    if (route_is_nan(x)) return x;
-    if (x > 88.8f) return route_float(0x7f800000u);
-    if (x < -104.0f) return 0.0f;
+    x = x > 89.0f ? 89.0f : x < -104.0f ? -104.0f : x; /* infinity, and 0, are beyond these */
     const float shifted =
         route_add(route_mul(x, 1.44269504f), 12582912.0f); /* 1.5 * 2^23: rounds */
     const float n = route_add(shifted, -12582912.0f);
@@ -98,9 +97,10 @@ ROUTE_FUNCTION float route_exp(float x)
     p = route_add(route_mul(p, r), 1.66666667e-1f);
     p = route_add(route_mul(p, r), 0.5f);
     p = route_add(route_add(route_mul(route_mul(p, r), r), r), 1.0f);
-    const int32_t whole = (int32_t)n, half = whole / 2; /* two factors: either alone may not fit */
-    p = route_mul(p, route_float((uint32_t)(half + 127) << 23));
-    return route_mul(p, route_float((uint32_t)(whole - half + 127) << 23));
+    const int32_t whole = (int32_t)(route_bits(shifted) - 0x4b400000u); /* n, from the last bits */
+    const int32_t half = whole / 2; /* two factors: either alone may not fit */
+    p = route_mul(p, route_float(((uint32_t)half + 127u) << 23));
+    return route_mul(p, route_float(((uint32_t)whole - (uint32_t)half + 127u) << 23));
 }
 
 /* log(1 + u), 0 <= u <= 1: 2 atanh(u / (2 + u)). */

@@ -172,6 +172,17 @@ def test_strides(backend, rng):
     assert_routed(logits, 4, "softmax_topk", backend.get(out_weights), backend.get(out_ids))
 
 
+def test_fields_instead_of_a_routing(backend, rng):
+    logits = backend.put(rng.standard_normal((9, 32)).astype(F32))
+    one = fusedmoe.route(logits, Routing(4, method="sigmoid"))
+    two = fusedmoe.route(logits, topk=4, method="sigmoid")
+    assert same_bits(backend.get(one[0]), backend.get(two[0]))
+    with pytest.raises(TypeError, match="^routing: .*topk"):
+        fusedmoe.route(logits, Routing(4), topk=4)
+    with pytest.raises(TypeError, match="^routing: .*NoneType"):
+        fusedmoe.route(logits)
+
+
 def test_no_tokens(backend):
     weights, ids = route(backend, np.zeros((0, 16), F32), 4)
     assert weights.shape == ids.shape == (0, 4)

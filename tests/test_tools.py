@@ -100,7 +100,9 @@ def test_routing_refuses(fields, error, name):
 
 def test_routing_methods():
     assert Routing(2).knobs is None and Routing(2, method="topk_softmax").knobs is None
-    assert Routing(2, renormalize=True).knobs[0] is True
+    assert Routing(2, renormalize=True).knobs is None
+    assert Routing(2, renormalize=True).kernel_method == "topk_softmax"
+    assert Routing(2, method="sigmoid", renormalize=False).knobs[0] is False
     assert Routing(np.int64(2), routed_scaling_factor=np.float32(2.5)).topk == 2
 
 

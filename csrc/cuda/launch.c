@@ -35,7 +35,7 @@ enum {
 #define FILE_sm90a(stage) stage "_sm90a"
 
 static const moe_kernel_row KERNELS[] = {
-    [KERNEL_ROUTE] = {"moe_route", "route", 0, 80, sizeof(moe_route_args)},
+    [KERNEL_ROUTE] = {"moe_route", "route", 0, 80, sizeof(moe_route_softmax_args)},
     [KERNEL_ROUTE_GENERAL] = {"moe_route_general", "route", 0, 80, sizeof(moe_route_args)},
     [KERNEL_ALIGN_ONE] = {"moe_align_one", "align", 0, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_COUNT] = {"moe_align_count", "align", 0, 80, sizeof(moe_align_args)},
@@ -161,7 +161,12 @@ int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device,
     (void)plan;
     moe_route_args a = *args;
     const geometry g = {ceil_div(a.num_tokens, MOE_ROUTE_THREADS / 32), MOE_ROUTE_THREADS, 0, true};
-    return launch(a.general ? KERNEL_ROUTE_GENERAL : KERNEL_ROUTE, &g, &a, device, stream, err);
+    if (a.general) return launch(KERNEL_ROUTE_GENERAL, &g, &a, device, stream, err);
+    moe_route_softmax_args s = {a.router_logits,  a.topk_weights, a.topk_ids,   a.logits_stride,
+                                a.weights_stride, a.ids_stride,   a.num_tokens, a.num_experts,
+                                a.topk,           a.logits_dtype, a.ids_dtype,  a.renormalize,
+                                a.scale};
+    return launch(KERNEL_ROUTE, &g, &s, device, stream, err);
 }
 
 int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device, void *stream,

@@ -83,7 +83,7 @@ def fused_moe(
         w2,
         router_logits,
         routing.topk,
-        routing.method,
+        routing.kernel_method,
         routing.routed_scaling_factor,
         routing.knobs,
         quant,
@@ -252,7 +252,7 @@ def fused_experts(
     )
 
 
-def route(router_logits, routing, *, out_weights=None, out_ids=None, stream=None):
+def route(router_logits, routing=None, *, out_weights=None, out_ids=None, stream=None, **fields):
     """Stage 1: the experts of each token and their weights.
 
         x = router_logits[t];  s = score(x);  key = x or s, + correction_bias
@@ -265,7 +265,8 @@ def route(router_logits, routing, *, out_weights=None, out_ids=None, stream=None
     Args:
         router_logits: [num_tokens, num_experts] float32, bfloat16 or float16, num_experts at most
             1024; gates of shared experts are further columns. Not written.
-        routing: a `Routing`; its tensors are on the device of router_logits.
+        routing: a `Routing`; its tensors are on the device of router_logits. None: made of fields.
+        fields: those of `Routing`, instead of it.
         out_weights: [num_tokens, routing.num_slots] float32, bfloat16 or float16, written. None:
             allocated as routing.weights_dtype.
         out_ids: [num_tokens, routing.num_slots] int32 or int64, written. None: allocated as
@@ -277,12 +278,16 @@ def route(router_logits, routing, *, out_weights=None, out_ids=None, stream=None
 
     Oracle: reference.route.
     """
+    if routing is None and fields:
+        routing = Routing(**fields)
+    elif fields:
+        raise TypeError(f"routing: expected None where its fields are given ({', '.join(fields)})")
     if not isinstance(routing, Routing):
         raise TypeError(f"routing: expected a fusedmoe.Routing, got {type(routing).__name__}")
     return _C.route(
         router_logits,
         routing.topk,
-        routing.method,
+        routing.kernel_method,
         routing.routed_scaling_factor,
         routing.knobs,
         routing.ids_dtype,

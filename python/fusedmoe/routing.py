@@ -137,6 +137,7 @@ class Routing:
                 f'weights_dtype: expected "float32", "bfloat16" or "float16", '
                 f"got {self.weights_dtype!r}"
             )
+        object.__setattr__(self, "kernel_method", self.method)
         object.__setattr__(self, "knobs", self._knobs())
 
     def _check_renormalize(self, rule):
@@ -199,7 +200,13 @@ class Routing:
     def _knobs(self):
         """What the extension takes beside topk, method and scale, in the order of binding.h; None
         where there is nothing."""
-        if all(getattr(self, name) is default for name, default in _KNOB_DEFAULTS):
+        given = [name for name, value in _KNOB_DEFAULTS if getattr(self, name) is not value]
+        if given == ["renormalize"] and self.method in ("softmax_topk", "topk_softmax"):
+            # The same computation has a name, and a name is the fastest argument.
+            method = "topk_softmax" if self.renormalize else "softmax_topk"
+            object.__setattr__(self, "kernel_method", method)
+            given = []
+        if not given:
             return None
         return (
             self.renormalize,
