@@ -42,6 +42,8 @@ static const variant VARIANTS[] = {
 #undef MOE_GEMM_VARIANT
 };
 
+enum { LEAST_WGMMA_ROWS = 48 }; /* expected rows of an expert */
+
 enum { NUM_VARIANTS = sizeof VARIANTS / sizeof *VARIANTS, SMALLEST_TILE_ROWS = 16 };
 
 const char *moe_variant_name(int32_t row)
@@ -184,6 +186,10 @@ static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem 
     int32_t best = -1;
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
         if (VARIANTS[i].rows != tile_rows || !usable(&VARIANTS[i], stage, p, d)) continue;
+        /* measured: with fewer rows an expert the blocks of 128 x 256 are mostly empty, and too few */
+        if (VARIANTS[i].arch == ARCH_sm90a && d->tile_rows == 0 &&
+            s->rows_per_expert < LEAST_WGMMA_ROWS)
+            continue;
         /* wgmma was faster than mma.sync with tiles of the same height wherever both were measured */
         bool better = best >= 0 && VARIANTS[i].arch > VARIANTS[best].arch;
         if (best >= 0 && VARIANTS[i].arch < VARIANTS[best].arch) continue;
