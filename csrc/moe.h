@@ -175,7 +175,10 @@ typedef struct moe_gemm_plan {
     int32_t grid_cols; /* column tiles: grid.x; grid.y is max_tiles */
     int32_t threads;
     int32_t smem_bytes;
-    int32_t max_blocks;      /* that walk over the tiles; 0: a thread block for each */
+    int32_t max_blocks;            /* that walk over the tiles; 0: a thread block for each */
+    int32_t weight_box, token_box; /* rows that a tensor copy brings; 0: none */
+    int32_t ring_stages, box_chunks,
+        copies;              /* decode: of the ring; pieces of K in a copy, copies in a stage */
     double bytes, flops, us; /* expected */
 } moe_gemm_plan;
 
@@ -186,6 +189,7 @@ typedef struct moe_plan {
     int32_t num_sms;
     int64_t chunk_tokens; /* tokens per pass; num_tokens where one pass is enough */
     int64_t num_chunks;
+    int32_t decode; /* 1: no align and no combine; gate_up and down read topk_ids themselves */
     int32_t align_blocks; /* thread blocks; 1: one launch */
     int32_t tile_rows;
     int32_t max_tiles; /* of one chunk */

@@ -304,12 +304,61 @@ static moe_combine_args combine_args(const run *r, int64_t first_token, int64_t 
     return a;
 }
 
+static moe_slot_args slot_args(const run *r, int64_t first_token, int64_t num_tokens)
+{
+    const moe_align_args align = align_args(r, first_token, num_tokens);
+    moe_slot_args a;
+    memset(&a, 0, sizeof a);
+    a.topk_ids = align.topk_ids;
+    a.expert_map = align.expert_map;
+    a.ids_stride = align.ids_stride;
+    a.expert_start = align.expert_start;
+    a.expert_map_size = align.expert_map_size;
+    a.ids_dtype = align.ids_dtype;
+    a.num_experts = align.num_experts;
+    a.topk = align.topk;
+    a.num_slots = (int32_t)(num_tokens * align.topk);
+    int64_t stride = 0;
+    int32_t dtype = 0;
+    a.topk_weights = chunk_weights(r, first_token, &stride, &dtype);
+    a.weights_stride_bytes = stride * moe_dtype_bytes(dtype);
+    return a;
+}
+
+/* A few tokens, on a GPU: align is part of the GEMMs, combine of down. */
+static int run_decode(const run *r, int64_t first_token, int64_t num_tokens)
+{
+    moe_gate_up_decode_args up;
+    memset(&up, 0, sizeof up);
+    up.stage = gate_up_args(r, first_token, num_tokens);
+    up.slots = slot_args(r, first_token, num_tokens);
+    up.ring_stages = r->plan->gate_up.ring_stages;
+    if (moe_cuda_gate_up_decode(r->plan, &up, r->device, r->stream, r->err)) return r->err->status;
+
+    const moe_combine_args combine = combine_args(r, first_token, num_tokens);
+    moe_down_decode_args down;
+    memset(&down, 0, sizeof down);
+    down.stage = down_args(r, first_token, num_tokens);
+    down.slots = up.slots;
+    down.shared_output = combine.shared_output;
+    down.shared_stride = combine.shared_stride;
+    down.out = combine.out;
+    down.out_stride = combine.out_stride;
+    down.scale = combine.scale;
+    down.vector = r->plan->combine_vector_bytes == 16;
+    down.box_chunks = r->plan->down.box_chunks;
+    down.copies = r->plan->down.copies;
+    down.ring_stages = r->plan->down.ring_stages;
+    return moe_cuda_down_decode(r->plan, &down, r->device, r->stream, r->err);
+}
+
 static int run_chunk(const run *r, int64_t first_token, int64_t num_tokens)
 {
     if (r->plan->problem.routed) {
         moe_route_args route = route_args(r, first_token, num_tokens);
         if (run_route(r, &route)) return r->err->status;
     }
+    if (r->plan->decode) return run_decode(r, first_token, num_tokens);
     moe_align_args align = align_args(r, first_token, num_tokens);
     if (run_align(r, &align)) return r->err->status;
     moe_gate_up_args gate_up = gate_up_args(r, first_token, num_tokens);

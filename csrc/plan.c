@@ -14,13 +14,16 @@
 typedef struct variant {
     const char *name;
     int32_t arch, stage, act_dtype, weight_dtype;
-    int32_t rows, cols, k, stages, warps_n, threads, smem_bytes, align_bytes;
+    int32_t rows, cols, k, stages, warps_n, threads, smem_bytes, align_bytes, weight_box, token_box;
 } variant;
 
-enum { ARCH_sm80 = 80, ARCH_sm90a = 90 };
+enum { ARCH_sm80 = 80, ARCH_sm90a = 90, ARCH_sm90a_decode = 91 };
 enum { STAGE_gate_up = MOE_OP_GATE_UP, STAGE_down = MOE_OP_DOWN };
-#define DTYPE_bf16 MOE_BF16
-#define DTYPE_f16  MOE_F16
+#define SMEM_sm80(rows, cols, k, stages)         MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)
+#define SMEM_sm90a(rows, cols, k, stages)        MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)
+#define SMEM_sm90a_decode(rows, cols, k, stages) 0 /* choose_decode adds it up */
+#define DTYPE_bf16                               MOE_BF16
+#define DTYPE_f16                                MOE_F16
 
 static const variant VARIANTS[] = {
 #define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
@@ -36,8 +39,10 @@ static const variant VARIANTS[] = {
      stages,                                                                                       \
      wn,                                                                                           \
      MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_##arch,                                \
-     MOE_GEMM_SMEM_BYTES(rows, cols, k, stages),                                                   \
-     align},
+     SMEM_##arch(rows, cols, k, stages),                                                           \
+     align,                                                                                        \
+     MOE_GEMM_WEIGHT_BOX_##arch(cols),                                                             \
+     MOE_GEMM_TOKEN_BOX_##arch(rows)},
 #include "../kernels/gemm_variants.def"
 #undef MOE_GEMM_VARIANT
 };
@@ -185,7 +190,9 @@ static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem 
 {
     int32_t best = -1;
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
-        if (VARIANTS[i].rows != tile_rows || !usable(&VARIANTS[i], stage, p, d)) continue;
+        if (VARIANTS[i].rows != tile_rows || VARIANTS[i].arch == ARCH_sm90a_decode ||
+            !usable(&VARIANTS[i], stage, p, d))
+            continue;
         /* measured: with fewer rows an expert the blocks of 128 x 256 are mostly empty, and too few */
         if (VARIANTS[i].arch == ARCH_sm90a && d->tile_rows == 0 &&
             s->rows_per_expert < LEAST_WGMMA_ROWS)
@@ -215,6 +222,8 @@ static void fill_gemm(moe_gemm_plan *g, int32_t row, const gemm_shape *s, int32_
     g->threads = v->threads;
     g->smem_bytes = v->smem_bytes;
     g->max_blocks = v->arch == ARCH_sm90a ? num_sms : 0;
+    g->weight_box = v->weight_box;
+    g->token_box = v->token_box;
     g->us = us;
 }
 
@@ -357,6 +366,94 @@ static int choose_gemms(moe_plan *plan, const moe_device_info *d, const gemm_sha
     return MOE_OK;
 }
 
+/* ------------------------------------------------------------------------------------------------
+ * Decode: gate_up and down that need no align and no combine */
+
+/* The row for a call's tokens and columns of a thread block, -1 where there is none. */
+static int32_t decode_variant(int32_t stage, int64_t tokens, int32_t cols, const moe_problem *p,
+                              const moe_device_info *d)
+{
+    int32_t best = -1;
+    for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
+        const variant *v = &VARIANTS[i];
+        if (v->arch != ARCH_sm90a_decode || v->cols != cols || v->rows < tokens) continue;
+        if (!usable(v, stage, p, d)) continue;
+        if (best < 0 || v->rows < VARIANTS[best].rows) best = i;
+    }
+    return best;
+}
+
+/* Microseconds of two launches that stream `bytes` (a fit of what the memory alone needs, within 3 %), and the start and
+ * end of a chain of two. */
+static double decode_us(double bytes, const moe_device_info *d)
+{
+    return bytes / (0.96 * d->read_bytes_per_us) + 4.5 - 1.5 * exp(-bytes / 60e6);
+}
+
+/* Each kernel takes the shared memory of an SM for its ring. (Measured: two rings on one SM, so that down's fills while
+ * gate_up streams, took 2 us longer at one token; shorter rings cost more than the early start gained.) Returns false
+ * where the kernels cannot do this problem, or would not be faster. */
+enum {
+    FEWEST_STAGES = 4, /* of gate_up's ring */
+    MOST_STAGES = 10,
+    LOW_COPY_BYTES = 16384,
+    LOW_STAGE_BYTES = 12288
+};
+
+static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_shape *gate_up,
+                          const gemm_shape *down)
+{
+    const moe_problem *p = &plan->problem;
+    const int64_t tokens = p->num_tokens, slots = tokens * p->topk;
+    if (d->tile_rows != 0 || !is_layer(p) || p->combine != MOE_COMBINE_SUM ||
+        plan->num_chunks != 1 || p->vector_bytes < 16 || slots > MOE_DECODE_SLOTS)
+        return false;
+    const int32_t cols = ceil_div(p->hidden_size, 16) <= d->num_sms ? 16 : 32;
+    const int32_t up = decode_variant(MOE_OP_GATE_UP, tokens, 16, p, d),
+                  low = decode_variant(MOE_OP_DOWN, tokens, cols, p, d);
+    if (up < 0 || low < 0) return false;
+
+    /* down: a copy brings at most LOW_COPY_BYTES, in equal shares of an expert; a stage at least LOW_STAGE_BYTES */
+    const int64_t piece = (int64_t)cols * MOE_MAP_COLS * 2;
+    const int64_t pieces =
+        p->intermediate_size / MOE_MAP_COLS > 0 ? p->intermediate_size / MOE_MAP_COLS : 1;
+    const int32_t box = (int32_t)ceil_div(pieces, ceil_div(pieces, LOW_COPY_BYTES / piece));
+    const int32_t copies = (int32_t)ceil_div(LOW_STAGE_BYTES, box * piece);
+    const int64_t low_stage = copies * box * piece;
+    const int64_t up_fixed = tokens * MOE_DECODE_PANEL_PITCH((int64_t)p->hidden_size) +
+                             MOE_DECODE_UP_SUMS(VARIANTS[up].rows) + MOE_DECODE_SLOT_BYTES;
+    const int64_t low_fixed =
+        slots * MOE_DECODE_PANEL_PITCH((int64_t)p->intermediate_size) +
+        MOE_DECODE_DOWN_SUMS(VARIANTS[low].rows, cols) + MOE_DECODE_SLOT_BYTES +
+        round_up(MOE_DECODE_SLOT_TABLE(min64(p->num_experts, slots), VARIANTS[low].rows), 16);
+    const double up_bytes = gate_up->experts * (double)(gate_up->weight_rows * gate_up->depth * 2),
+                 low_bytes = down->experts * (double)(down->weight_rows * down->depth * 2);
+    const int64_t up_stages =
+        min64(MOST_STAGES, (d->smem_per_block - up_fixed) / MOE_DECODE_STAGE_BYTES);
+    const int64_t low_stages =
+        min64(MOE_DECODE_MATH_WARPS, (d->smem_per_block - low_fixed) / low_stage);
+    if (up_stages < FEWEST_STAGES || low_stages < 2) return false;
+
+    const double us = decode_us(up_bytes + low_bytes, d);
+    const double others = plan->gate_up.us + plan->down.us + 5.0; /* align, combine */
+    if (us > others) return false;
+
+    const double share = up_bytes / (up_bytes + low_bytes);
+    fill_gemm(&plan->gate_up, up, gate_up, d->num_sms, us * share);
+    fill_gemm(&plan->down, low, down, d->num_sms, us * (1 - share));
+    plan->decode = 1;
+    plan->tile_rows = VARIANTS[up].rows;
+    plan->gate_up.max_blocks = d->num_sms;
+    plan->gate_up.ring_stages = (int32_t)up_stages;
+    plan->gate_up.smem_bytes = (int32_t)(up_fixed + up_stages * MOE_DECODE_STAGE_BYTES);
+    plan->down.max_blocks = (int32_t)min64(d->num_sms, plan->down.grid_cols);
+    plan->down.ring_stages = (int32_t)low_stages;
+    plan->down.box_chunks = box;
+    plan->down.copies = copies;
+    plan->down.smem_bytes = (int32_t)(low_fixed + low_stages * low_stage);
+    return true;
+}
+
 int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe_plan *plan,
                   moe_error *err)
 {
@@ -384,8 +481,10 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
     plan->gate_up.variant = plan->down.variant = -1;
     plan->align_blocks = align_blocks(plan, slots);
     plan->tile_rows = SMALLEST_TILE_ROWS;
-    if (plan->backend == MOE_CUDA && choose_gemms(plan, device, &gate_up, &down, err))
-        return err->status;
+    if (plan->backend == MOE_CUDA) {
+        if (choose_gemms(plan, device, &gate_up, &down, err)) return err->status;
+        choose_decode(plan, device, &gate_up, &down);
+    }
     plan->max_tiles = (int32_t)most_tiles(p, slots, plan->tile_rows);
 
     expected_work(&plan->gate_up, &gate_up);
@@ -394,13 +493,16 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
     const double chunks = (double)plan->num_chunks;
     plan->bytes = chunks * (plan->gate_up.bytes + plan->down.bytes + combine_bytes);
     plan->flops = chunks * (plan->gate_up.flops + plan->down.flops);
-    const int32_t align_launches = plan->align_blocks > 1 ? 3 : 1;
+    const int32_t align_launches = plan->decode ? 0 : plan->align_blocks > 1 ? 3 : 1;
+    const int32_t combine_launches = plan->decode ? 0 : 1;
     if (plan->backend == MOE_CUDA) {
-        plan->us = chunks * (plan->gate_up.us + plan->down.us +
-                             combine_bytes / (0.9 * device->read_bytes_per_us) + 2.0 +
-                             3.0 * align_launches + (p->routed ? 2.5 : 0));
-        plan->num_launches = (int32_t)min64(
-            INT32_MAX, plan->num_chunks * (3 + align_launches + (p->routed ? 1 : 0)));
+        const double combine_us =
+            plan->decode ? 0 : combine_bytes / (0.9 * device->read_bytes_per_us) + 2.0;
+        plan->us = chunks * (plan->gate_up.us + plan->down.us + combine_us + 3.0 * align_launches +
+                             (p->routed ? 2.5 : 0));
+        plan->num_launches =
+            (int32_t)min64(INT32_MAX, plan->num_chunks * (2 + combine_launches + align_launches +
+                                                          (p->routed ? 1 : 0)));
     } else {
         plan->gate_up.us = fmax(plan->gate_up.bytes / device->read_bytes_per_us,
                                 plan->gate_up.flops / device->flops_per_us);

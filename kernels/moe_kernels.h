@@ -266,6 +266,53 @@ typedef struct moe_down_args {
     int32_t max_tiles;
 } moe_down_args;
 
+/* A CUtensorMap, encoded by the host; cuda.h is no header of the kernels. */
+typedef struct moe_tensor_map {
+    uint64_t opaque[16];
+} __attribute__((aligned(64))) moe_tensor_map;
+
+/* Where the slots go, for kernels that read it from topk_ids themselves; the rule is that of moe_align_args. */
+typedef struct moe_slot_args {
+    const void *topk_ids;      /* [num_tokens, topk] ids_dtype, any bit pattern */
+    const int32_t *expert_map; /* [expert_map_size] or NULL */
+    int64_t ids_stride;
+    int64_t expert_start;
+    int64_t expert_map_size;
+    int32_t ids_dtype; /* MOE_I32, MOE_I64 */
+    int32_t num_experts;
+    int32_t topk;
+    int32_t num_slots; /* num_tokens * topk, at most MOE_DECODE_SLOTS */
+    /* what down will read, brought near by gate_up; or NULL */
+    const void *topk_weights;
+    int64_t weights_stride_bytes;
+} moe_slot_args;
+
+/* gate_up at a few tokens, without align: row r of intermediate is slot r. sorted_token_ids, expert_offsets and
+ * tiles of `stage` are not used. */
+typedef struct moe_gate_up_decode_args {
+    moe_gate_up_args stage;
+    moe_slot_args slots;
+    int32_t ring_stages;
+    int32_t reserved;
+} moe_gate_up_decode_args;
+
+/* down and combine at a few tokens: a thread block owns columns of out and adds up all slots. rows of `stage` is
+ * not used. */
+typedef struct moe_down_decode_args {
+    moe_down_args stage;
+    moe_slot_args slots;
+    const void *shared_output; /* [num_tokens, hidden_size] dtype, or NULL */
+    void *out;                 /* [num_tokens, hidden_size] dtype, every element is written */
+    int64_t shared_stride;
+    int64_t out_stride;
+    float scale;
+    int32_t vector;     /* rows of out and shared_output are 8-byte aligned */
+    int32_t box_chunks;  /* pieces of K in one copy, 1 .. 8 */
+    int32_t copies;      /* of a stage */
+    int32_t ring_stages;
+    int32_t reserved;
+} moe_down_decode_args;
+
 /* Stage 5, combine: out[t] = round(scale * sum over slots s of rows[row_of_slot[t, s]] + shared_output[t]),
  * f32, slots in order 0 .. topk - 1. no_combine is this stage with topk = 1 on num_tokens * topk "tokens". */
 typedef struct moe_combine_args {
@@ -288,13 +335,36 @@ typedef struct moe_combine_args {
  * col_tiles = ceil(weight rows / cols) column tiles for each of max_tiles tiles; blocks past *num_tiles leave at once.
  * Rows of sm90a: at most a block per SM, and MOE_GEMM_PRODUCERS_sm90a warps more.
  * Shared memory: the ring of token and weight rows, then 8 bytes for each row of the tile. */
-#define MOE_GEMM_THREADS(wm, wn, wk) (32 * (wm) * (wn) * (wk))
-#define MOE_GEMM_PRODUCERS_sm80      0 /* warps beside these that only copy */
-#define MOE_GEMM_PRODUCERS_sm90a     4
+#define MOE_GEMM_THREADS(wm, wn, wk)    (32 * (wm) * (wn) * (wk))
+#define MOE_GEMM_PRODUCERS_sm80         0 /* warps beside these that only copy */
+#define MOE_GEMM_PRODUCERS_sm90a        4
+#define MOE_GEMM_PRODUCERS_sm90a_decode 2 /* one copies, one writes (gate_up) */
 #define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)                                                 \
     ((stages) * ((rows) + (cols)) * (k) * 2 + (rows) * 8)
 #define MOE_GEMM_GRID(max_tiles, weight_rows, cols)                                                \
     ((int64_t)(max_tiles) * (((int64_t)(weight_rows) + (cols) - 1) / (cols)))
+
+/* Decode (rows of sm90a_decode): `rows` is the most tokens, in steps of 8; a stage of the ring of gate_up is 16 weight
+ * rows by 512 of K. Shared memory: the ring, then the token rows, MOE_DECODE_PANEL_PITCH apart; then the
+ * warps' sums; then what is known of the slots. */
+#define MOE_DECODE_SLOTS                   512
+#define MOE_DECODE_MATH_WARPS              8
+#define MOE_DECODE_MAX_STAGES              16
+#define MOE_DECODE_SLOT_BYTES              5888 /* barriers, slots, experts, weights */
+#define MOE_DECODE_STAGE_BYTES             16384
+#define MOE_DECODE_PANEL_PITCH(k)          ((((k) + 63) / 64 * 64 + 8) * 2)
+#define MOE_DECODE_UP_SUMS(rows)           (2 * MOE_DECODE_MATH_WARPS * (rows) * 20 * 4)
+#define MOE_DECODE_SLOT_TABLE(ranks, rows) ((ranks) * (rows) * 2)
+#define MOE_DECODE_DOWN_SUMS(rows, cols)   (MOE_DECODE_MATH_WARPS * (rows) * ((cols) + 4) * 4)
+/* Tensor maps: 64 columns of K, that is 128 bytes, of so many weight rows of one half (gate, up; other weights have
+ * one half) and of so many token rows. */
+#define MOE_MAP_COLS                           64
+#define MOE_GEMM_WEIGHT_BOX_sm80(cols)         0
+#define MOE_GEMM_TOKEN_BOX_sm80(rows)          0
+#define MOE_GEMM_WEIGHT_BOX_sm90a(cols)        ((cols) / 2)
+#define MOE_GEMM_TOKEN_BOX_sm90a(rows)         (rows)
+#define MOE_GEMM_WEIGHT_BOX_sm90a_decode(cols) (cols)
+#define MOE_GEMM_TOKEN_BOX_sm90a_decode(rows)  0
 
 /* Thread blocks of the other stages. */
 #define MOE_ALIGN_THREADS     512
@@ -319,6 +389,10 @@ MOE_ASSERT_SIZE(moe_align_args, 120);
 MOE_ASSERT_SIZE(moe_pad_args, 88);
 MOE_ASSERT_SIZE(moe_gate_up_args, 192);
 MOE_ASSERT_SIZE(moe_down_args, 168);
+MOE_ASSERT_SIZE(moe_tensor_map, 128);
+MOE_ASSERT_SIZE(moe_slot_args, 72);
+MOE_ASSERT_SIZE(moe_gate_up_decode_args, 272);
+MOE_ASSERT_SIZE(moe_down_decode_args, 296);
 MOE_ASSERT_SIZE(moe_combine_args, 88);
 
 #endif

@@ -51,6 +51,20 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t shared)
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared) : "memory");
 }
 
+// prefetch.global.L2, "prefetch": the line of this address comes into L2. Nothing is read: the data may still change.
+__device__ __forceinline__ void prefetch_l2(const void *global)
+{
+    asm volatile("prefetch.global.L2 [%0];" :: "l"(global));
+}
+
+// ld.shared.v4, "ld": 16 bytes of shared memory. Each thread for itself.
+__device__ __forceinline__ uint4 load_shared_16(uint32_t shared)
+{
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(shared) : "memory");
+    return v;
+}
+
 // mma.m16n8k16, "mma": d += a b^T, bf16 operands, f32 sums. All lanes of a warp.
 __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 {

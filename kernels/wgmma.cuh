@@ -4,13 +4,10 @@
 #ifndef MOE_WGMMA_CUH
 #define MOE_WGMMA_CUH
 
+#include "moe_kernels.h"
 #include "ptx.cuh"
 
-// A CUtensorMap, encoded by the host: cuda.h is no header of the kernels.
-struct alignas(64) tensor_map {
-    uint64_t opaque[16];
-};
-static_assert(sizeof(tensor_map) == 128, "as large as a CUtensorMap");
+using tensor_map = moe_tensor_map;
 
 // clang-format off
 
@@ -62,6 +59,43 @@ __device__ __forceinline__ void tensor_copy_2d(uint32_t shared, const tensor_map
 {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
                  :: "r"(shared), "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
+}
+
+// The same with a map of four dimensions: the box at (x, y, z, w).
+__device__ __forceinline__ void tensor_copy_4d(uint32_t shared, const tensor_map *map, int32_t x, int32_t y, int32_t z, int32_t w,
+                                               uint32_t bar)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6];"
+                 :: "r"(shared), "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(bar) : "memory");
+}
+
+// The same with five: the box at (x, y, z, w, v).
+__device__ __forceinline__ void tensor_copy_5d(uint32_t shared, const tensor_map *map, int32_t x, int32_t y, int32_t z, int32_t w,
+                                               int32_t v, uint32_t bar)
+{
+    asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4, %5, %6}], [%7];"
+                 :: "r"(shared), "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v), "r"(bar) : "memory");
+}
+
+// prefetch.tensormap, "prefetch / prefetchu": the map itself, which lies in the kernel's parameters. One thread.
+__device__ __forceinline__ void tensor_map_prefetch(const tensor_map *map)
+{
+    asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
+}
+
+// cp.async.bulk, "cp.async.bulk": `bytes` (a multiple of 16, as the addresses) global -> shared. One thread.
+__device__ __forceinline__ void bulk_copy(uint32_t shared, const void *global, uint32_t bytes, uint32_t bar)
+{
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 :: "r"(shared), "l"(global), "r"(bytes), "r"(bar) : "memory");
+}
+
+// bar.sync, "bar{.cta}": `threads` threads that use barrier `id` (1 .. 15) meet.
+__device__ __forceinline__ void barrier_sync(int32_t id, int32_t threads)
+{
+    asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
 }
 
 // wgmma.fence, "wgmma.fence": registers and shared memory are in order before the first wgmma. The warpgroup.

@@ -39,6 +39,10 @@ int moe_cuda_down(const moe_plan *plan, const moe_down_args *args, int device, v
                   moe_error *err);
 int moe_cuda_combine(const moe_plan *plan, const moe_combine_args *args, int device, void *stream,
                      moe_error *err);
+int moe_cuda_gate_up_decode(const moe_plan *plan, const moe_gate_up_decode_args *args, int device,
+                            void *stream, moe_error *err);
+int moe_cuda_down_decode(const moe_plan *plan, const moe_down_decode_args *args, int device,
+                         void *stream, moe_error *err);
 /* Runs the Hopper probe (tensor map, TMA, wgmma) and returns the largest absolute error, or fails. Synchronises. */
 int moe_cuda_probe_hopper(int device, double *max_error, moe_error *err);
 
@@ -104,6 +108,8 @@ MOE_CUDA_STAGE_STUB(moe_cuda_align_tiles, moe_align_args)
 MOE_CUDA_STAGE_STUB(moe_cuda_gate_up, moe_gate_up_args)
 MOE_CUDA_STAGE_STUB(moe_cuda_down, moe_down_args)
 MOE_CUDA_STAGE_STUB(moe_cuda_combine, moe_combine_args)
+MOE_CUDA_STAGE_STUB(moe_cuda_gate_up_decode, moe_gate_up_decode_args)
+MOE_CUDA_STAGE_STUB(moe_cuda_down_decode, moe_down_decode_args)
 #undef MOE_CUDA_STAGE_STUB
 
 static inline int moe_cuda_probe_hopper(int device, double *max_error, moe_error *err)

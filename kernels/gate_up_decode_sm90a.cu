@@ -1,0 +1,290 @@
+// arch: sm_90a
+/* gate_up_decode_sm90a.cu: gate_up for a few tokens, straight from topk_ids                    (stages 2 and 3 of 5)
+ * In     as gate_up.cu, without what align makes; topk_ids
+ * Out    intermediate  [num_tokens * topk, intermediate_size]  row r is slot r; rows of dropped slots are not written
+ * Math   as gate_up.cu but for the order of K: eight warps take 64 of K in turn, their sums are added in warp order
+ * Grid   one block per SM: an item is 16 weight rows (8 gates, 8 ups) of one expert with all of K, and each block has
+ *        an equal share of all items, neighbours of each other. Token rows are in shared memory, all of them
+ * Needs  hidden_size % 8 == 0, intermediate_size % 8 == 0, 16-byte aligned rows; num_tokens <= 8 * kTiles
+ * Cost   the weights of the active experts once: memory-bound */
+#include "decode.cuh"
+#include "gate_up.cuh"
+
+template <class T, int kTiles>
+struct gate_up_decode {
+    static constexpr int kRows = 16; // weight rows of an item
+    static constexpr int kTokens = 8 * kTiles;
+    static constexpr int kPitch = kRows + 4; // sums of a token: bank conflicts
+    static constexpr int kUnitBytes = kRows * kUnitK * 2;
+    static_assert(kMathWarps * kUnitBytes == MOE_DECODE_STAGE_BYTES, "a unit of each warp");
+
+    struct sums_buffer {
+        float sum[kMathWarps][kTokens][kPitch];
+    };
+    static_assert(2 * sizeof(sums_buffer) == MOE_DECODE_UP_SUMS(kTokens), "the host asks for it");
+
+    const moe_gate_up_decode_args &args;
+    const tensor_map &body, &rest; // w13: a stage; K past the last whole 64, zeros behind it
+    unsigned char *ring, *panel;
+    sums_buffer *sums; // two, in turn
+    decode_state &state;
+    int32_t panel_pitch, chunks, row_tiles;
+    bool tail;
+
+    __device__ __forceinline__ gate_up_decode(const moe_gate_up_decode_args &args,
+                                              const tensor_map &body, const tensor_map &rest,
+                                              unsigned char *shared)
+        : args(args), body(body), rest(rest), ring(shared),
+          panel(shared + args.ring_stages * MOE_DECODE_STAGE_BYTES),
+          sums(reinterpret_cast<sums_buffer *>(
+              panel + args.stage.num_tokens *
+                          MOE_DECODE_PANEL_PITCH(static_cast<int64_t>(args.stage.hidden_size)))),
+          state(*reinterpret_cast<decode_state *>(sums + 2))
+    {
+        const moe_gate_up_args &stage = args.stage;
+        panel_pitch = MOE_DECODE_PANEL_PITCH(stage.hidden_size);
+        chunks = stage.hidden_size / kUnitK;
+        tail = stage.hidden_size % kUnitK != 0;
+        int32_t outputs = stage.gated ? 8 : 16;
+        row_tiles = (stage.intermediate_size + outputs - 1) / outputs;
+    }
+
+    struct items {
+        int32_t rank, tile, count;
+    };
+
+    // This block's share of active * row_tiles items.
+    __device__ __forceinline__ items share(int32_t active) const
+    {
+        int64_t total = int64_t{active} * row_tiles;
+        int32_t begin = static_cast<int32_t>(total * blockIdx.x / gridDim.x);
+        int32_t end = static_cast<int32_t>(total * (blockIdx.x + 1) / gridDim.x);
+        int32_t rank = begin / row_tiles;
+        return {rank, begin - rank * row_tiles, end - begin};
+    }
+
+    __device__ __forceinline__ void next(items &at) const
+    {
+        --at.count;
+        if (++at.tile == row_tiles) {
+            at.tile = 0;
+            ++at.rank;
+        }
+    }
+
+    // Token rows into shared memory: asked for by one thread, past K zeros by the others.
+    __device__ __forceinline__ void load_panel()
+    {
+        const moe_gate_up_args &stage = args.stage;
+        int32_t num_tokens = static_cast<int32_t>(stage.num_tokens), k = stage.hidden_size;
+        if (threadIdx.x == kMathThreads) {
+            uint32_t bar = shared_address(&state.panel[0]);
+            mbarrier_arrive_expect_tx(bar, static_cast<uint32_t>(num_tokens * k * 2));
+            for (int32_t token = 0; token < num_tokens; ++token)
+                bulk_copy(shared_address(panel + token * panel_pitch),
+                          static_cast<const typename T::element *>(stage.hidden_states) +
+                              token * stage.hidden_stride,
+                          static_cast<uint32_t>(k * 2), bar);
+        }
+        if (tail) {
+            int32_t past = kUnitK - k % kUnitK; // a multiple of 8
+            for (int32_t i = threadIdx.x; i < num_tokens * past / 8; i += kThreads) {
+                int32_t token = i / (past / 8), at = k + (i - token * (past / 8)) * 8;
+                *reinterpret_cast<uint4 *>(panel + token * panel_pitch + at * 2) =
+                    make_uint4(0, 0, 0, 0);
+            }
+        }
+    }
+
+    // One thread: all stages of all items. A stage is a unit for each warp; the tail is a stage with one unit.
+    __device__ __forceinline__ void produce(items at) const
+    {
+        const int32_t row_step = args.stage.gated ? 8 : 16;
+        ring_position to;
+        auto stage = [&](uint32_t bytes, auto copy) {
+            uint32_t bar = shared_address(&state.landed[to.stage]);
+            mbarrier_wait(shared_address(&state.read[to.stage]), to.parity ^ 1);
+            mbarrier_arrive_expect_tx(bar, bytes);
+            copy(shared_address(ring + to.stage * MOE_DECODE_STAGE_BYTES), bar);
+            to.next(args.ring_stages);
+        };
+        for (; at.count > 0; next(at)) {
+            int32_t expert = state.active[at.rank], row = at.tile * row_step;
+            for (int32_t chunk = 0; chunk < chunks; chunk += kMathWarps)
+                stage(MOE_DECODE_STAGE_BYTES, [&](uint32_t shared, uint32_t bar) {
+                    tensor_copy_5d(shared, &body, 0, row, 0, chunk, expert, bar);
+                });
+            if (tail)
+                stage(kUnitBytes, [&](uint32_t shared, uint32_t bar) {
+                    tensor_copy_4d(shared, &rest, chunks * kUnitK, row, 0, expert, bar);
+                });
+        }
+    }
+
+    // Which groups of eight tokens have slots of this expert, a bit each.
+    __device__ __forceinline__ uint32_t token_tiles(int32_t expert) const
+    {
+        if (kTiles == 1) return 1;
+        uint32_t tiles = 0;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+            tiles |= (state.seen[tile][expert / 32] >> expert % 32 & 1) << tile;
+        return tiles;
+    }
+
+    // sums[token][weight row] += weights of one unit times the token rows' 64 of K from `k` on.
+    __device__ __forceinline__ void multiply(float (&acc)[kTiles][2][4], uint32_t tiles,
+                                             const unsigned char *unit, int32_t k) const
+    {
+        int32_t lane = threadIdx.x % 32, last = static_cast<int32_t>(args.stage.num_tokens) - 1;
+        weight_fragments weights;
+        load_weights(weights, shared_address(unit));
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+            if (kTiles > 1 && !(tiles >> tile & 1)) continue;
+            int32_t token = min(tile * 8 + lane / 4, last); // columns past the last are not stored
+            uint32_t from = shared_address(panel) + token * panel_pitch + k * 2 + lane % 4 * 32;
+            uint4 tokens[2] = {load_shared_16(from), load_shared_16(from + 16)};
+            multiply_unit<T>(acc[tile], weights, tokens);
+        }
+    }
+
+    __device__ __forceinline__ void store_sums(const float (&acc)[kTiles][2][4], uint32_t tiles,
+                                               sums_buffer &to) const
+    {
+        int32_t lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+            if (kTiles > 1 && !(tiles >> tile & 1)) continue;
+            float(*sum)[kPitch] = &to.sum[threadIdx.x / 32][tile * 8 + column];
+            sum[0][row] = acc[tile][0][0] + acc[tile][1][0];
+            sum[1][row] = acc[tile][0][1] + acc[tile][1][1];
+            sum[0][row + 8] = acc[tile][0][2] + acc[tile][1][2];
+            sum[1][row + 8] = acc[tile][0][3] + acc[tile][1][3];
+        }
+    }
+
+    // Weight rows row .. row + 3 of a token, all warps, in their order.
+    static __device__ __forceinline__ float4 add_sums(const sums_buffer &from, int32_t token,
+                                                      int32_t row)
+    {
+        float4 total = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int warp = 0; warp < kMathWarps; ++warp) {
+            float4 part = *reinterpret_cast<const float4 *>(&from.sum[warp][token][row]);
+            total.x += part.x, total.y += part.y, total.z += part.z, total.w += part.w;
+        }
+        return total;
+    }
+
+    // Four outputs of a token a thread, for each of its slots that goes to this expert. One warp.
+    __device__ __forceinline__ void write(const sums_buffer &from, int32_t expert,
+                                          int32_t tile) const
+    {
+        const moe_gate_up_args &stage = args.stage;
+        const int32_t fours = stage.gated ? 2 : 4, topk = args.slots.topk;
+        for (int32_t item = threadIdx.x % 32; item < stage.num_tokens * fours; item += 32) {
+            int32_t token = item / fours, four = item % fours, slot = token * topk, s = 0;
+            while (s < topk && state.expert[slot + s] != expert)
+                ++s;
+            if (s == topk) continue;
+            float4 first = add_sums(from, token, four * 4), second = make_float4(1, 1, 1, 1);
+            if (stage.gated) second = add_sums(from, token, four * 4 + 8);
+            if (stage.w13_order == MOE_ORDER_UP_GATE) {
+                float4 up = first;
+                first = second;
+                second = up;
+            }
+            for (; s < topk; ++s) {
+                if (state.expert[slot + s] != expert) continue;
+                float g[4] = {first.x, first.y, first.z, first.w};
+                float u[4] = {second.x, second.y, second.z, second.w};
+                float weight = stage.topk_weights ? weight_of(slot + s, stage) : 1.0f;
+                write_outputs<T, true>(g, u, slot + s, tile * (4 * fours) + four * 4, weight,
+                                       expert, gate_up_rows<T>(expert, stage), stage);
+            }
+        }
+    }
+
+    // The math warps.
+    __device__ __forceinline__ void consume(items at) const
+    {
+        const int32_t warp = threadIdx.x / 32;
+        ring_position from, to;
+        mbarrier_wait(shared_address(&state.panel[0]), 0);
+        for (; at.count > 0; next(at)) {
+            uint32_t tiles = token_tiles(state.active[at.rank]);
+            float acc[kTiles][2][4] = {};
+            for (int32_t chunk = warp; chunk < chunks + warp; chunk += kMathWarps) {
+                mbarrier_wait(shared_address(&state.landed[from.stage]), from.parity);
+                if (chunk < chunks)
+                    multiply(acc, tiles,
+                             ring + from.stage * MOE_DECODE_STAGE_BYTES + warp * kUnitBytes,
+                             chunk * kUnitK);
+                release(state, from.stage);
+                from.next(args.ring_stages);
+            }
+            if (tail) {
+                mbarrier_wait(shared_address(&state.landed[from.stage]), from.parity);
+                if (warp == 0)
+                    multiply(acc, tiles, ring + from.stage * MOE_DECODE_STAGE_BYTES,
+                             chunks * kUnitK);
+                release(state, from.stage);
+                from.next(args.ring_stages);
+            }
+            mbarrier_wait(shared_address(&state.written[to.stage]), to.parity ^ 1);
+            store_sums(acc, tiles, sums[to.stage]);
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state.summed[to.stage]));
+            to.next(2);
+        }
+    }
+
+    // The warp that writes, behind the math warps.
+    __device__ __forceinline__ void write_all(items at) const
+    {
+        ring_position from;
+        for (; at.count > 0; next(at)) {
+            mbarrier_wait(shared_address(&state.summed[from.stage]), from.parity);
+            write(sums[from.stage], state.active[at.rank], at.tile);
+            __syncwarp();
+            if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state.written[from.stage]));
+            from.next(2);
+        }
+    }
+
+    __device__ __forceinline__ void run()
+    {
+        start_ring(state, args.ring_stages, kMathWarps, &body, &rest);
+        prefetch_slots(args.slots);
+        __syncthreads();
+        grid_dependency_wait();
+        grid_launch_dependents();
+        load_panel();
+        items mine = share(find_experts<kTiles>(state, args.slots));
+        if (threadIdx.x < kMathThreads)
+            consume(mine);
+        else if (threadIdx.x == kMathThreads)
+            produce(mine);
+        else if (threadIdx.x >= kMathThreads + 32)
+            write_all(mine);
+    }
+};
+
+#define MOE_KERNEL_sm90a_decode_gate_up(name, type, rows, cols, k, stages, wm, wn, wk)             \
+    extern "C" __global__ void __launch_bounds__(kThreads, 1)                                      \
+        name(const __grid_constant__ moe_gate_up_decode_args args,                                 \
+             const __grid_constant__ tensor_map body, const __grid_constant__ tensor_map rest)     \
+    {                                                                                              \
+        extern __shared__ __align__(1024) unsigned char dynamic_shared[];                          \
+        gate_up_decode<type, rows / 8>(args, body, rest, dynamic_shared).run();                    \
+    }
+#define MOE_KERNEL_sm90a_decode_down(...)
+#define MOE_KERNEL_sm90a_gate_up(...)
+#define MOE_KERNEL_sm90a_down(...)
+#define MOE_KERNEL_sm80_gate_up(...)
+#define MOE_KERNEL_sm80_down(...)
+#define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
+                         stages, wm, wn, wk, cluster, align)                                       \
+    MOE_KERNEL_##arch##_##stage(name, act, rows, cols, k, stages, wm, wn, wk)
+#include "gemm_variants.def"
