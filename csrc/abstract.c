@@ -212,7 +212,6 @@ PyObject *abstract_describe(call_frame *f)
     moe_message message = {.call = f->call, .workspace_limit = f->problem.workspace_limit};
     const int64_t workspace = workspace_bytes(f);
     PyObject *operands = NULL, *outputs = NULL, *attributes = NULL, *result = NULL;
-    moe_cpu_read_environment(); /* with the GIL; handlers cannot */
     if ((operands = operands_list(f, &message.operands)) == NULL) goto done;
     if ((outputs = outputs_list(f, &message.results)) == NULL) goto done;
     for (int i = 0; i < MOE_CALL_TENSORS; ++i)
@@ -248,7 +247,18 @@ static PyObject *xla_handlers(PyObject *module, PyObject *ignored)
     return list;
 }
 
+/* For calls that will run without the GIL; under it, since another thread may write os.environ. */
+static PyObject *read_environment(PyObject *module, PyObject *ignored)
+{
+    (void)module, (void)ignored;
+    moe_cpu_read_environment();
+    return Py_NewRef(Py_None);
+}
+
 PyMethodDef moe_abstract_methods[] = {
+    {"_read_environment", read_environment, METH_NOARGS,
+     "_read_environment($module)\n--\n\nReads FUSEDMOE_NUM_THREADS, FUSEDMOE_CPU_ISA and "
+     "FUSEDMOE_CHECK for the calls to come."},
     {"_xla_handlers", xla_handlers, METH_NOARGS,
      "_xla_handlers($module)\n--\n\n[(function, platform, capsule)] for jax.ffi."},
     {0}};
