@@ -4,21 +4,23 @@
     layer = jax.jit(fused_experts)
     out = layer(hidden_states, w13, w2, topk_weights, topk_ids)
 
-A call becomes a custom call of XLA, whose handlers are C (csrc/xla_ffi.c): no Python and no GIL when
-it runs, memory from XLA's own plan, on XLA's stream, and part of its command buffers (CUDA graphs).
-Outside of jit the same call runs at once. Arguments are checked when a call is traced, with the
-exceptions and the words of `fusedmoe.fused_experts`; what only a run can find is a JaxRuntimeError
-with the same words.
+A call becomes a custom call of XLA, whose handlers are C (csrc/xla_ffi.c): no Python and no GIL
+when it runs, memory from XLA's own plan, on XLA's stream, and part of its command buffers (CUDA
+graphs). Outside of jit the same call runs at once. Arguments are checked when a call is traced,
+with the exceptions and the words of `fusedmoe.fused_experts`; what only a run can find is an error
+of JAX with the same words.
 
-The functions of the package itself take JAX arrays on the CPU outside of jit, through `allocate` and
-`current_stream` at the end of this file.
+The functions of the package itself take JAX arrays on the CPU outside of jit, through `allocate`
+and `current_stream` at the end of this file.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+import importlib.util
 import inspect
+import sys
 
 import numpy as np
 
@@ -29,15 +31,18 @@ TESTED = "jax 0.10 to 0.11"
 
 
 def status():
-    """(version found or None, why it is not usable or None)."""
+    """(version found or None, why it is not usable or None). JAX is not imported for it."""
     try:
         version = importlib.metadata.version("jax")
     except importlib.metadata.PackageNotFoundError:
         return None, "jax is not installed"
-    try:
-        _program()
-    except Exception as error:
-        return version, str(error)
+    if "jax" in sys.modules:
+        try:
+            _program()
+        except RuntimeError as error:
+            return version, str(error)
+    elif importlib.util.find_spec("jaxlib") is None:
+        return version, "jaxlib is not installed"
     return version, None
 
 
@@ -397,10 +402,9 @@ def _vary_alike(operands):
         for array in operands
     ]
     kind = jax.typeof(operands[0])
-    for name in ("manual_axis_type", "vma"):
-        if hasattr(kind, name):
-            return operands, {name: getattr(kind, name)}
-    return operands, {}
+    name = "manual_axis_type" if hasattr(kind, "manual_axis_type") else "vma"
+    sharding = jax.sharding.NamedSharding(kind.sharding.mesh, jax.sharding.PartitionSpec())
+    return operands, {"sharding": sharding, name: getattr(kind, name)}
 
 
 @functools.cache
