@@ -15,6 +15,7 @@ enum { XLA_FFI_API_MAJOR = 0, XLA_FFI_API_MINOR = 1 };
 
 typedef enum XLA_FFI_Extension_Type { XLA_FFI_Extension_Metadata = 1 } XLA_FFI_Extension_Type;
 
+/* XLA_FFI_InternalExtension since minor version 4. */
 typedef struct XLA_FFI_Extension_Base {
     size_t struct_size;
     XLA_FFI_Extension_Type type;
@@ -133,9 +134,7 @@ typedef struct XLA_FFI_Api {
     XLA_FFI_Api_Version api_version;
     const void *internal_api;
     XLA_FFI_Error *(*XLA_FFI_Error_Create)(XLA_FFI_Error_Create_Args *);
-    void (*XLA_FFI_Error_GetMessage)(void *);
-    void (*XLA_FFI_Error_Destroy)(void *);
-    void (*XLA_FFI_Handler_Register)(void *);
+    void *not_used[3];
     XLA_FFI_Error *(*XLA_FFI_Stream_Get)(XLA_FFI_Stream_Get_Args *);
 } XLA_FFI_Api;
 

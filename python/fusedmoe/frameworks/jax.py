@@ -27,7 +27,7 @@ import numpy as np
 from .. import _C, ops
 from ..routing import Routing
 
-TESTED = "jax 0.10 to 0.11"
+TESTED = "jax 0.6.2 to 0.12"
 
 
 def status():
@@ -240,12 +240,10 @@ def _call(function, arguments, options):
                 donated, arguments["out"] = name, None
     arrays, static = _split(arguments)
     static = _Static(function, static, donated, _on_gpu(arrays))
-    _C._read_environment()  # a handler runs without the GIL, which that needs
-    try:
-        hash(static)
-    except TypeError:  # never a right argument: the extension has the words
+    if static.hash is None:  # something that is no right argument: the extension has the words
         _describe(arrays, static)
-        raise
+        raise TypeError(f"{function}: expected options that can be hashed, got {static.arguments}")
+    _C._read_environment()  # a handler runs without the GIL, which that needs
     return program(arrays, static)
 
 
@@ -323,9 +321,13 @@ class _Static:
         self.function, self.arguments = function, arguments
         self.donated, self.on_gpu = donated, on_gpu
         self.key = (function, donated, on_gpu, *_typed(sorted(arguments.items())))
+        try:
+            self.hash = hash(self.key)
+        except TypeError:
+            self.hash = None
 
     def __hash__(self):
-        return hash(self.key)
+        return self.hash
 
     def __eq__(self, other):
         return self.key == other.key
@@ -395,12 +397,11 @@ def _vary_alike(operands):
     every = frozenset().union(*(axes(array) for array in operands))
     if not every:
         return operands, {}
-    operands = [
-        jax.lax.pcast(array, tuple(every - axes(array)), to="varying")
-        if every - axes(array)
-        else array
-        for array in operands
-    ]
+    if hasattr(jax.lax, "pcast"):
+        vary = functools.partial(jax.lax.pcast, to="varying")
+    else:  # before JAX 0.8
+        vary = jax.lax.pvary
+    operands = [vary(x, tuple(every - axes(x))) if every - axes(x) else x for x in operands]
     kind = jax.typeof(operands[0])
     name = "manual_axis_type" if hasattr(kind, "manual_axis_type") else "vma"
     sharding = jax.sharding.NamedSharding(kind.sharding.mesh, jax.sharding.PartitionSpec())
