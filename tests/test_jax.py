@@ -296,6 +296,18 @@ def test_expert_start_may_be_traced(cpu, seed):
     for start, error in ((jnp.zeros(2, jnp.int32), "int32 .2."), (jnp.ones(()), "float32 ..")):
         with pytest.raises(ValueError, match=f"expert_start: expected an int.*{error}"):
             door.fused_experts(*arrays, expert_start=start)
+    for options in ({}, {"expert_map": jnp.zeros(4, jnp.int32)}):
+        routing = Routing(2, expert_map=None if options else jnp.zeros(4, jnp.int32))
+        with pytest.raises(ValueError, match="expert_start: expected None or an int where an exp"):
+            door.fused_moe(*arrays[:4], routing=routing, expert_start=jnp.int32(0), **options)
+
+
+def test_64_bit_ids(cpu, seed):
+    enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+    layer = make_layer(seed, ids_dtype=np.int64, expert_start=4, num_ids=12)
+    layer.topk_ids[0] = 2**32 + 4, -(2**63)  # dropped, in 64 bits only
+    with enable_x64(True):
+        assert same_bits(run_jitted(layer), run_layer(cpu, layer))
 
 
 # Four devices are four threads of a CPU, and have to be asked for before JAX starts.
@@ -484,6 +496,12 @@ def test_what_jax_itself_decides_is_refused(small):
         wide = np.asarray(names[name]).astype(dtype)
         with pytest.raises(TypeError, match=f"{name}: expected a dtype that JAX keeps"):
             door.fused_experts(**{**names, name: wide})
+    masked = np.ma.masked_array(np.asarray(arrays[0]))
+    with pytest.raises(TypeError, match="hidden_states: expected a tensor without a mask"):
+        door.fused_experts(masked, *arrays[1:])
+    for odd in (np.array([[None]]), np.array([["x"]])):
+        with pytest.raises(TypeError, match="hidden_states: "):
+            door.fused_experts(odd, *arrays[1:])
     with pytest.raises(TypeError, match="routed_scaling_factor: expected a number.*Tracer"):
         jax.jit(lambda s: door.fused_experts(*arrays, routed_scaling_factor=s))(2.0)
 

@@ -79,6 +79,7 @@ def fused_experts(hidden_states, w13, w2, topk_weights, topk_ids, **options):
     }
     start = options.get("expert_start")
     if _is_array(start):
+        _check_no_map(options.get("expert_map"))
         options["expert_start"] = None
         if _is_array(w13) and w13.ndim and _is_array(topk_ids) and topk_ids.dtype.kind == "i":
             arguments["topk_ids"] = _local_ids(topk_ids, _scalar(start), w13.shape[0])
@@ -106,9 +107,13 @@ def fused_moe(hidden_states, w13, w2, router_logits, *, routing, **options):
     }
     start = options.get("expert_start")
     if _is_array(start):
+        _check_no_map(options.get("expert_map"), routing.expert_map, routing.replica_map)
         options["expert_start"] = None
         if _is_array(w13) and w13.ndim and _is_array(router_logits) and router_logits.ndim:
-            options["expert_map"] = _map_of_start(start, routing, router_logits, w13, options)
+            ids = np.arange(
+                router_logits.shape[-1] + routing.num_fused_shared_experts, dtype="int32"
+            )
+            options["expert_map"] = _local_ids(ids, _scalar(start), w13.shape[0])
     return _call("fused_moe", arguments, options)
 
 
@@ -170,25 +175,20 @@ def _scalar(start):
     return jnp.reshape(start, ())
 
 
+def _check_no_map(*maps):
+    if any(value is not None for value in maps):
+        raise ValueError(
+            "expert_start: expected None or an int where an expert_map or a replica_map is given, "
+            "got an array"
+        )
+
+
 def _local_ids(ids, start, num_experts):
     """Global ids as local ones, -1 where another device has the expert."""
     import jax.numpy as jnp
 
     local = ids - start.astype(ids.dtype)
     return jnp.where((local >= 0) & (local < num_experts), local, -1)
-
-
-def _map_of_start(start, routing, router_logits, w13, options):
-    import jax.numpy as jnp
-
-    given = [routing.expert_map, routing.replica_map, options.get("expert_map")]
-    if any(value is not None for value in given):
-        raise ValueError(
-            "expert_start: expected None or an int where an expert_map or a replica_map is given, "
-            "got an array"
-        )
-    num_ids = router_logits.shape[-1] + routing.num_fused_shared_experts
-    return _local_ids(jnp.arange(num_ids, dtype=jnp.int32), _scalar(start), w13.shape[0])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -286,14 +286,14 @@ def _check_array(name, value):
 
     if isinstance(value, jax.Array):
         return True
-    if isinstance(value, np.ndarray):
-        kept = jax.dtypes.canonicalize_dtype(value.dtype)
-        if kept == value.dtype:
+    array = isinstance(value, np.ndarray)
+    if array and not isinstance(value, np.ma.MaskedArray) and value.dtype.kind not in "OSUMm":
+        if jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype:
             return True
         raise TypeError(
             f"{name}: expected a dtype that JAX keeps (jax_enable_x64 is off), got {value.dtype}"
         )
-    if value is not None and hasattr(type(value), "__dlpack__"):
+    if not array and hasattr(type(value), "__dlpack__"):
         kind = type(value)
         raise TypeError(
             f"{name}: expected a JAX or NumPy array, got {kind.__module__}.{kind.__qualname__}"
