@@ -302,6 +302,34 @@ def test_expert_start_may_be_traced(cpu, seed):
             door.fused_moe(*arrays[:4], routing=routing, expert_start=jnp.int32(0), **options)
 
 
+def export(function, *arguments):
+    from jax import export
+
+    check = export.DisabledSafetyCheck.custom_call("fusedmoe_fused_experts")
+    return export.export(jax.jit(function), platforms=["cpu", "cuda"], disabled_checks=[check])(
+        *arguments
+    )
+
+
+def test_a_program_can_be_exported(small):
+    arrays, want = small
+    exported = export(door.fused_experts, *arrays)
+    door.register()
+    if have("flatbuffers"):
+        exported = jax.export.deserialize(exported.serialize())
+    assert same_bits(np.asarray(exported.call(*arrays)), want)
+
+
+def test_symbolic_shapes_are_refused(small):
+    from jax import export as jax_export
+
+    x, *rest = small[0]
+    (tokens,) = jax_export.symbolic_shape("tokens")
+    shapes = [jax.ShapeDtypeStruct((tokens, *a.shape[1:]), a.dtype) for a in (x, *rest[2:])]
+    with pytest.raises(NotImplementedError, match=r"hidden_states: .*\[tokens, 32\].*symbolic"):
+        export(lambda x, w, i: door.fused_experts(x, *rest[:2], w, i), *shapes)
+
+
 def test_64_bit_ids(cpu, seed):
     enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
     layer = make_layer(seed, ids_dtype=np.int64, expert_start=4, num_ids=12)

@@ -38,12 +38,22 @@ def status():
         return None, "jax is not installed"
     if "jax" in sys.modules:
         try:
-            _program()
+            register()
         except RuntimeError as error:
             return version, str(error)
     elif importlib.util.find_spec("jaxlib") is None:
         return version, "jaxlib is not installed"
     return version, None
+
+
+def register():
+    """Registers the handlers with XLA. Every function here does; only a program that comes from a
+    file (`jax.export`) needs it before it is called.
+
+    Raises:
+        RuntimeError: a sentence, where this JAX does not take them.
+    """
+    _program()
 
 
 # -------------------------------------------------------------------------------------------------
@@ -345,16 +355,21 @@ def _describe(arrays, static):
     checks and plans it as any other, by the shapes of its arrays."""
     device = 0 if static.on_gpu else -1
 
-    def abstract(array):
+    def abstract(name, array):
         if not _is_array(array):
             return array
+        if not all(isinstance(extent, int) for extent in array.shape):
+            raise NotImplementedError(
+                f"{name}: expected a shape of numbers, got {list(array.shape)}; "
+                "programs with symbolic dimensions are not built yet"
+            )
         return _C._Abstract(array, tuple(array.shape), str(array.dtype), device)
 
     arguments = static.arguments | {
-        name: abstract(array) for name, array in arrays.items() if name != "knobs"
+        name: abstract(name, array) for name, array in arrays.items() if name != "knobs"
     }
     if "knobs" in arrays:
-        arguments["knobs"] += tuple(abstract(array) for array in arrays["knobs"])
+        arguments["knobs"] += tuple(map(abstract, _ROUTING_TENSORS, arrays["knobs"]))
     return getattr(_C, static.function)(**arguments)
 
 
