@@ -92,14 +92,7 @@ extern const signature moe_signatures[NUM_SIGNATURES]; /* parse.c; constant */
 
 /* ---- module state ---------------------------------------------------------------------------- */
 
-enum { NUM_CHOICES = 64, PLAN_SLOTS = 64, PLAN_PROBES = 4 };
-
-typedef struct plan_entry {
-    bool used;
-    moe_backend backend;
-    int32_t device;
-    moe_plan plan; /* plan.problem is the key, with backend and device */
-} plan_entry;
+enum { NUM_CHOICES = 64 };
 
 typedef struct module_state {
     tensor_context tensors;
@@ -107,11 +100,9 @@ typedef struct module_state {
                    [MAX_PARAMETERS]; /* interned: keywords are compared by pointer first */
     PyObject *choices[NUM_CHOICES];  /* interned values of string arguments, parse.c */
     PyObject *cuda_stream, *torch_cuda_stream; /* "__cuda_stream__", "cuda_stream" */
-    PyObject *experts_type, *buffer_type;
-    /* Plans by problem and device, never more than PLAN_SLOTS: a full row of PLAN_PROBES slots
-     * loses one. Touched with the GIL held only, and copied out before it is released. */
-    plan_entry plans[PLAN_SLOTS];
-    unsigned plan_evictions;
+    PyObject *experts_type, *buffer_type, *abstract_type;
+    /* Touched with the GIL held only, and copied out before it is released. */
+    moe_plan_cache plans;
     int portable_kernels;    /* _restrict_plans: no kernel made for one architecture alone */
     int plan_tile_rows;      /* and only GEMM variants of this height; 0: all */
     int64_t workspace_limit; /* FUSEDMOE_WORKSPACE_LIMIT or the default */
@@ -206,6 +197,14 @@ typedef struct call_frame {
     int32_t dtype;          /* of the argument dtype=, or MOE_DTYPE_NONE */
     int num_outputs;
     call_output outputs[MAX_OUTPUTS];
+    /* Tensors without memory: the call is described instead of run. They lie at addresses that do
+     * not overlap, beyond all others. */
+    int num_abstract;
+    uintptr_t abstract_end;
+    struct {
+        const moe_tensor *tensor;
+        PyObject *object; /* borrowed */
+    } abstract[TENSOR_HOLDS];
     struct experts_object *experts; /* whose scratch may be used, or NULL */
     int scratch;                    /* its slot in use, or -1 */
     moe_error err;
@@ -228,6 +227,15 @@ int find_plan(module_state *state, const moe_problem *problem, moe_backend backe
               moe_plan *plan, moe_error *err);
 /* dtype= on one tensor */
 void reinterpret(moe_tensor *tensor, int32_t dtype);
+
+/* ---- abstract.c: calls by their shapes alone, for frameworks that trace ------------------------ */
+
+extern PyType_Spec moe_abstract_spec;
+/* An _Abstract as a tensor, at an address of its own. */
+int abstract_import(call_frame *f, PyObject *object, const char *name, moe_tensor *tensor);
+/* What call_finish returns for such a call, validated and planned: (operands, results, attributes). */
+PyObject *abstract_describe(call_frame *f);
+extern PyMethodDef moe_abstract_methods[]; /* ends with {0} */
 
 /* ---- experts.c ------------------------------------------------------------------------------- */
 

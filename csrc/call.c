@@ -16,40 +16,14 @@
 void call_begin(call_frame *f, module_state *state, moe_operation operation, const char *function)
 {
     moe_call *c = &f->call;
-    moe_tensor *tensors[] = {&c->hidden_states,
-                             &c->w13,
-                             &c->w2,
-                             &c->topk_weights,
-                             &c->topk_ids,
-                             &c->router_logits,
-                             &c->w13_bias,
-                             &c->w2_bias,
-                             &c->shared_output,
-                             &c->expert_map,
-                             &c->out,
-                             &c->workspace,
-                             &c->expert_offsets,
-                             &c->sorted_token_ids,
-                             &c->row_of_slot,
-                             &c->intermediate,
-                             &c->rows,
-                             &c->correction_bias,
-                             &c->expert_scale,
-                             &c->num_token_non_padded,
-                             &c->routing_map,
-                             &c->replica_map,
-                             &c->tid2eid,
-                             &c->token_ids,
-                             &c->expert_ids,
-                             &c->num_tokens_post_padded,
-                             &c->counts};
-    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; ++i) {
-        tensor_absent(tensors[i]);
-        tensors[i]->readonly = false;
-        tensors[i]->span_bytes = 0;
-        tensors[i]->backend = MOE_CPU;
-        tensors[i]->device = 0;
-        tensors[i]->dtype = MOE_DTYPE_NONE;
+    for (int i = 0; i < MOE_CALL_TENSORS; ++i) {
+        moe_tensor *tensor = moe_tensor_of(c, i);
+        tensor_absent(tensor);
+        tensor->readonly = false;
+        tensor->span_bytes = 0;
+        tensor->backend = MOE_CPU;
+        tensor->device = 0;
+        tensor->dtype = MOE_DTYPE_NONE;
     }
     c->operation = operation;
     c->function = function;
@@ -63,6 +37,7 @@ void call_begin(call_frame *f, module_state *state, moe_operation operation, con
     f->like = NULL;
     f->dtype = MOE_DTYPE_NONE;
     f->num_outputs = 0;
+    f->num_abstract = 0;
     f->experts = NULL;
     f->scratch = -1;
     error_clear(&f->err);
@@ -71,6 +46,8 @@ void call_begin(call_frame *f, module_state *state, moe_operation operation, con
 int call_tensor(call_frame *f, PyObject *object, const char *name, moe_tensor *tensor)
 {
     if (object == Py_None) return MOE_OK;
+    if ((PyObject *)Py_TYPE(object) == f->state->abstract_type)
+        return abstract_import(f, object, name, tensor);
     return tensor_import(&f->state->tensors, object, name, tensor, &f->holds, &f->err);
 }
 
@@ -114,60 +91,24 @@ void call_output_add(call_frame *f, const char *name, PyObject *given, moe_tenso
 
 /* ---- the plan -------------------------------------------------------------------------------- */
 
-static uint64_t problem_hash(const moe_problem *problem, moe_backend backend, int32_t device)
-{
-    uint64_t words[sizeof(moe_problem) / 8];
-    uint64_t hash = (uint64_t)(uint32_t)device << 1 | (uint64_t)backend;
-    _Static_assert(sizeof(moe_problem) % 8 == 0, "moe_problem is hashed in words of 8 bytes");
-    memcpy(words, problem, sizeof words);
-    for (size_t i = 0; i < sizeof words / 8; ++i) {
-        hash = (hash ^ words[i]) * 0x9E3779B97F4A7C15u;
-        hash ^= hash >> 29;
-    }
-    return hash;
-}
-
 int find_plan(module_state *state, const moe_problem *problem, moe_backend backend, int32_t device,
               moe_plan *plan, moe_error *err)
 {
-    const uint64_t hash = problem_hash(problem, backend, device);
-    plan_entry *slot = NULL;
-    for (unsigned i = 0; i < PLAN_PROBES; ++i) {
-        plan_entry *entry = &state->plans[(hash + i) % PLAN_SLOTS];
-        if (entry->used && entry->backend == backend && entry->device == device &&
-            memcmp(&entry->plan.problem, problem, sizeof *problem) == 0) {
-            /* a copy: another thread may need the slot once the GIL is released */
-            *plan = entry->plan;
-            return MOE_OK;
-        }
-        if (slot == NULL && !entry->used) slot = entry;
-    }
+    if (moe_plan_find(&state->plans, problem, backend, device, plan)) return MOE_OK;
     moe_device_info info;
     if (backend == MOE_CUDA ? moe_cuda_device_info(device, &info, err)
                             : moe_cpu_device_info(&info, err))
         return err->status;
     restrict_plans(state, &info);
     if (moe_make_plan(problem, &info, plan, err)) return err->status;
-    if (memcmp(&plan->problem, problem, sizeof *problem) != 0)
-        return MOE_OK; /* completed by the plan: not found again */
-    if (slot == NULL)
-        slot = &state->plans[(hash + state->plan_evictions++ % PLAN_PROBES) % PLAN_SLOTS];
-    slot->used = true;
-    slot->backend = backend;
-    slot->device = device;
-    slot->plan = *plan;
+    moe_plan_keep(&state->plans, problem, backend, device, plan);
     return MOE_OK;
-}
-
-static bool is_layer(const call_frame *f)
-{
-    return f->call.operation == MOE_OP_FUSED_EXPERTS || f->call.operation == MOE_OP_FUSED_MOE;
 }
 
 static int make_plan(call_frame *f)
 {
     if (moe_validate(&f->call, &f->problem, &f->err)) return f->err.status;
-    if (is_layer(f)) f->problem.workspace_limit = f->state->workspace_limit;
+    if (moe_is_layer(f->call.operation)) f->problem.workspace_limit = f->state->workspace_limit;
     return find_plan(f->state, &f->problem, f->like->backend, f->like->device, &f->plan, &f->err);
 }
 
@@ -363,28 +304,6 @@ static int allocate_outputs(call_frame *f)
     return MOE_OK;
 }
 
-static int64_t lost_to_alignment(const moe_tensor *workspace)
-{
-    return (int64_t)(-(uintptr_t)workspace->data % MOE_ALIGNMENT);
-}
-
-static int check_workspace(call_frame *f)
-{
-    const int64_t required = f->plan.workspace.total, got = f->call.workspace.shape[0];
-    if (required == 0) return MOE_OK;
-    const int64_t lost = lost_to_alignment(&f->call.workspace);
-    if (got - lost >= required) return MOE_OK;
-    if (lost == 0)
-        return moe_fail(&f->err, MOE_ERROR_VALUE,
-                        "workspace: expected at least %" PRId64 " bytes, got %" PRId64, required,
-                        got);
-    return moe_fail(&f->err, MOE_ERROR_VALUE,
-                    "workspace: expected at least %" PRId64 " bytes, got %" PRId64 " (%" PRId64
-                    " of them to reach an address that is "
-                    "a multiple of 256)",
-                    required + lost, got, lost);
-}
-
 static int allocate_workspace(call_frame *f, void *stream)
 {
     const int64_t required = f->plan.workspace.total;
@@ -419,7 +338,8 @@ static int prepare(call_frame *f, PyObject *stream_object, void **stream)
     if (missing) {
         int32_t vector_bytes = f->problem.out_vector_bytes;
         if (allocate_outputs(f) == MOE_OK && allocate_workspace(f, *stream) == MOE_OK &&
-            is_layer(f) && (uintptr_t)f->call.out.data % 16 != 0 && vector_bytes == 16)
+            moe_is_layer(f->call.operation) && (uintptr_t)f->call.out.data % 16 != 0 &&
+            vector_bytes == 16)
             make_plan(f); /* an allocator with a coarser alignment than every known one */
     }
     return leave_stream(f, context);
@@ -457,13 +377,18 @@ PyObject *call_finish(call_frame *f, PyObject *stream_object)
     if (f->like->backend == MOE_CPU) moe_cpu_read_environment();
     if (stream_object != Py_None && parse_stream(f, stream_object, &stream)) goto done;
     if (make_plan(f)) goto done;
-    if (tensor_present(&f->call.workspace) && check_workspace(f)) goto done;
+    if (tensor_present(&f->call.workspace) && moe_check_workspace(&f->call, &f->plan, &f->err))
+        goto done;
     shape_outputs(f);
     for (int i = 0; i < f->num_outputs; ++i)
         if (f->outputs[i].given != Py_None) f->outputs[i].object = Py_NewRef(f->outputs[i].given);
+    if (f->num_abstract) {
+        result = abstract_describe(f);
+        goto done;
+    }
     if (prepare(f, stream_object, &stream)) goto done;
     Py_BEGIN_ALLOW_THREADS
-    if (is_layer(f))
+    if (moe_is_layer(f->call.operation))
         moe_run_layer(&f->call, &f->plan, stream, &f->err);
     else
         moe_run_stage(&f->call, &f->plan, stream, &f->err);

@@ -522,7 +522,7 @@ static PyObject *py_restrict_plans(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "pi:_restrict_plans", &portable, &tile_rows)) return NULL;
     state->portable_kernels = portable;
     state->plan_tile_rows = tile_rows;
-    memset(state->plans, 0, sizeof state->plans); /* made under the other setting */
+    memset(&state->plans, 0, sizeof state->plans); /* made under the other setting */
     return Py_NewRef(Py_None);
 }
 
@@ -707,9 +707,13 @@ static int module_exec(PyObject *module)
         goto failed;
     if ((state->buffer_type = add_type(module, &moe_buffer_spec, "_DeviceBuffer", &err)) == NULL)
         goto failed;
+    if ((state->abstract_type = add_type(module, &moe_abstract_spec, "_Abstract", &err)) == NULL)
+        goto failed;
     if ((state->tensors.view_type = add_type(module, &moe_view_spec, "_DeviceView", &err)) == NULL)
         goto failed;
-    if (PyModule_AddFunctions(module, moe_device_methods)) return -1;
+    if (PyModule_AddFunctions(module, moe_device_methods) ||
+        PyModule_AddFunctions(module, moe_abstract_methods))
+        return -1;
     return PyModule_AddStringConstant(module, "__version__", MOE_VERSION);
 failed:
     raise_error(&err);
@@ -722,6 +726,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     if (state == NULL) return 0;
     Py_VISIT(state->experts_type);
     Py_VISIT(state->buffer_type);
+    Py_VISIT(state->abstract_type);
     return tensor_context_traverse(&state->tensors, visit, arg);
 }
 
@@ -731,6 +736,7 @@ static int module_clear(PyObject *module)
     if (state == NULL) return 0;
     Py_CLEAR(state->experts_type);
     Py_CLEAR(state->buffer_type);
+    Py_CLEAR(state->abstract_type);
     tensor_context_clear(&state->tensors);
     parse_clear(state);
     return 0;

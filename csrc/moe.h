@@ -125,6 +125,37 @@ typedef struct moe_call {
     int32_t fill;
 } moe_call;
 
+/* A call by the names of its parts, for whoever carries it across a border. call_fields.c. */
+enum { MOE_CALL_TENSORS = 27 };
+typedef struct moe_call_tensor {
+    const char *name;
+    size_t offset; /* in moe_call */
+} moe_call_tensor;
+extern const moe_call_tensor moe_call_tensors[MOE_CALL_TENSORS];
+
+static inline moe_tensor *moe_tensor_of(moe_call *call, int index)
+{
+    return (moe_tensor *)(void *)((char *)call + moe_call_tensors[index].offset);
+}
+
+/* A call on its way through another runtime: the scalars travel by name, the tensors as two lists
+ * in the order of moe_call_tensors. */
+typedef struct moe_message {
+    moe_call call;
+    int64_t operands, results; /* bit i: tensor i is in the list */
+    int64_t workspace_limit;
+} moe_message;
+
+typedef enum moe_scalar_kind { MOE_SCALAR_I32, MOE_SCALAR_I64, MOE_SCALAR_F64 } moe_scalar_kind;
+typedef struct moe_call_scalar {
+    const char *name;
+    moe_scalar_kind kind;
+    size_t offset;     /* in moe_message */
+    int64_t low, high; /* of an integer; beyond these it would index no table */
+} moe_call_scalar;
+enum { MOE_CALL_SCALARS = 30 };
+extern const moe_call_scalar moe_call_scalars[MOE_CALL_SCALARS]; /* sorted by name */
+
 /* The sizes of a layer and nothing else: the key of the plan cache, compared with memcmp (zero it first). */
 typedef struct moe_problem {
     int64_t num_tokens;
@@ -202,6 +233,11 @@ typedef struct moe_plan {
     double bytes, flops, us; /* expected, whole call */
 } moe_plan;
 
+/* tensor.c: shape, strides and memory into tensor, with the checks that every door shares. strides
+ * NULL: compact. */
+int tensor_describe(const char *name, void *data, int32_t dtype, int32_t ndim, const int64_t *shape,
+                    const int64_t *strides, moe_tensor *tensor, moe_error *err);
+
 /* validate.c: every check a call's tensors and scalars need; fills problem. Writes nothing else. */
 int moe_validate(const moe_call *call, moe_problem *problem, moe_error *err);
 /* The most rows that num_slots slots can have, each expert padded to blocks: a multiple of block_size. */
@@ -215,11 +251,40 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
 /* The H200 by default, with num_sms replaced where num_sms > 0: plans without a GPU. */
 void moe_default_device(moe_backend backend, int32_t num_sms, moe_device_info *info);
 
+/* plan_cache.c: plans by problem and device. The caller serialises; an entry is copied out. */
+enum { MOE_PLAN_SLOTS = 64, MOE_PLAN_PROBES = 4 };
+
+typedef struct moe_plan_entry {
+    bool used;
+    moe_backend backend;
+    int32_t device;
+    moe_plan plan; /* plan.problem is the key, with backend and device */
+} moe_plan_entry;
+
+/* Never more than MOE_PLAN_SLOTS: a full row of MOE_PLAN_PROBES slots loses one. */
+typedef struct moe_plan_cache {
+    moe_plan_entry entries[MOE_PLAN_SLOTS];
+    unsigned evictions;
+} moe_plan_cache;
+
+bool moe_plan_find(const moe_plan_cache *cache, const moe_problem *problem, moe_backend backend,
+                   int32_t device, moe_plan *plan);
+/* Nothing where the plan has completed its problem, which then would not be found again. */
+void moe_plan_keep(moe_plan_cache *cache, const moe_problem *problem, moe_backend backend,
+                   int32_t device, const moe_plan *plan);
+
 /* Rows of gemm_variants.def by number; "cpu" for -1. */
 const char *moe_variant_name(int32_t row);
 int32_t moe_num_variants(void);
 
-/* pipeline.c: stages in order. out and workspace are present and checked. stream: CUstream or NULL. */
+static inline bool moe_is_layer(moe_operation operation)
+{
+    return operation == MOE_OP_FUSED_EXPERTS || operation == MOE_OP_FUSED_MOE;
+}
+
+/* pipeline.c: the caller's workspace is large enough for the plan, alignment included. */
+int moe_check_workspace(const moe_call *call, const moe_plan *plan, moe_error *err);
+/* Stages in order. out and workspace are present and checked. stream: CUstream or NULL. */
 int moe_run_layer(const moe_call *call, const moe_plan *plan, void *stream, moe_error *err);
 /* One stage alone (MOE_OP_ROUTE, ALIGN, GATE_UP, DOWN, COMBINE). */
 int moe_run_stage(const moe_call *call, const moe_plan *plan, void *stream, moe_error *err);

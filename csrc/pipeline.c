@@ -7,6 +7,7 @@
 #include "cuda/cuda.h"
 #include "moe.h"
 
+#include <inttypes.h>
 #include <string.h>
 
 /* What one run needs beside its stage structs. */
@@ -367,6 +368,22 @@ static int run_chunk(const run *r, int64_t first_token, int64_t num_tokens)
     if (run_down(r, &down)) return r->err->status;
     moe_combine_args combine = combine_args(r, first_token, num_tokens);
     return run_combine(r, &combine);
+}
+
+int moe_check_workspace(const moe_call *call, const moe_plan *plan, moe_error *err)
+{
+    const moe_tensor *workspace = &call->workspace;
+    const int64_t required = plan->workspace.total, got = workspace->shape[0];
+    const int64_t lost = (int64_t)(-(uintptr_t)workspace->data % MOE_ALIGNMENT);
+    if (required == 0 || got - lost >= required) return MOE_OK;
+    if (lost == 0)
+        return moe_fail(err, MOE_ERROR_VALUE,
+                        "workspace: expected at least %" PRId64 " bytes, got %" PRId64, required,
+                        got);
+    return moe_fail(err, MOE_ERROR_VALUE,
+                    "workspace: expected at least %" PRId64 " bytes, got %" PRId64 " (%" PRId64
+                    " of them to reach an address that is a multiple of 256)",
+                    required + lost, got, lost);
 }
 
 static char *align_up(void *address)

@@ -425,8 +425,9 @@ static int refuse(tensor_door door, PyObject *object, const char *name, moe_erro
             name, got);
     case DOOR_TRACER:
         return moe_fail(err, MOE_ERROR_TYPE,
-                        "%s: expected an array with values, got %s, a tracer; call this outside of "
-                        "jax.jit, vmap and grad",
+                        "%s: expected an array with values, got %s, a tracer; inside of jax.jit, "
+                        "vmap and shard_map call the function of this name in "
+                        "fusedmoe.frameworks.jax",
                         name, got);
     default:
         return moe_fail(
@@ -514,9 +515,8 @@ static int import_dlpack(tensor_context *ctx, tensor_door door, PyObject *object
     bool cpu = device_type == kDLCPU || device_type == kDLCUDAHost;
     if (door == DOOR_JAX && !cpu) {
         moe_fail(err, MOE_ERROR_NOT_IMPLEMENTED,
-                 "%s: expected a JAX array on the CPU, got one on a GPU: the JAX door (a jax.ffi "
-                 "custom call, which runs on "
-                 "XLA's stream) is not built yet",
+                 "%s: expected a JAX array on the CPU, got one on a GPU: call the function of this "
+                 "name in fusedmoe.frameworks.jax, which runs on XLA's stream",
                  name);
         goto done;
     }

@@ -107,10 +107,6 @@ int tensor_allocate(tensor_context *ctx, PyObject *prototype, const moe_tensor *
                     moe_tensor *tensor, tensor_hold *hold, PyObject **result, PyObject **wrap,
                     moe_error *err);
 
-/* Shape, strides and memory into tensor, with the checks that every door shares. strides NULL:
- * compact. */
-int tensor_describe(const char *name, void *data, int32_t dtype, int32_t ndim, const int64_t *shape,
-                    const int64_t *strides, moe_tensor *tensor, moe_error *err);
 int tensor_from_dltensor(const char *name, const DLTensor *dl, uint64_t flags, moe_tensor *tensor,
                          moe_error *err);
 DLDataType tensor_dlpack_dtype(int32_t dtype);

@@ -1,8 +1,13 @@
 """Fixtures: the backends, and a seed that is printed with every failure."""
 
+import os
+
 import numpy as np
 import pytest
 from support import NumpyBackend, TorchBackend, no_gpu
+
+# JAX would take three quarters of a GPU that it shares with torch here.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

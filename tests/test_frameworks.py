@@ -343,8 +343,8 @@ def test_torch_cuda_float32_says_what_to_do(gpu, seed):
 @pytest.fixture
 def jax():
     jax = need("jax")
-    jax.config.update("jax_platforms", "cpu")
-    return jax
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield jax
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)

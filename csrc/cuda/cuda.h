@@ -18,6 +18,7 @@ int moe_cuda_device_count(int *count, moe_error *err); /* 0 devices is no error;
 int moe_cuda_device_info(int device, moe_device_info *info, moe_error *err);
 int moe_cuda_driver_version(int *version, moe_error *err); /* 13000 for CUDA 13.0 */
 int moe_cuda_load(int device, moe_error *err);             /* every kernel of the device, once */
+int moe_cuda_stream_device(void *stream, int *device, moe_error *err); /* of a CUstream */
 /* Fails in a child forked after CUDA was initialised; a flag, nothing else. For before a framework allocates. */
 int moe_cuda_survived_fork(moe_error *err);
 
@@ -81,6 +82,11 @@ static inline int moe_cuda_device_info(int device, moe_device_info *info, moe_er
 static inline int moe_cuda_driver_version(int *version, moe_error *err)
 {
     *version = 0;
+    return MOE_CUDA_ABSENT(err);
+}
+static inline int moe_cuda_stream_device(void *stream, int *device, moe_error *err)
+{
+    (void)stream, (void)device;
     return MOE_CUDA_ABSENT(err);
 }
 static inline void moe_cuda_read_environment(void) {}

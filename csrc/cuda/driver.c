@@ -329,6 +329,23 @@ int moe_cuda_device_info(int device, moe_device_info *info, moe_error *err)
     return MOE_OK;
 }
 
+int moe_cuda_stream_device(void *stream, int *device, moe_error *err)
+{
+    const moe_driver *driver = NULL;
+    CUcontext context = NULL, popped = NULL;
+    CUdevice handle = 0;
+    if (moe_driver_get(&driver, err)) return err->status;
+    CUresult code = driver->cuStreamGetCtx(stream, &context);
+    if (code == CUDA_SUCCESS) code = driver->cuCtxPushCurrent(context);
+    if (code == CUDA_SUCCESS) {
+        code = driver->cuCtxGetDevice(&handle);
+        driver->cuCtxPopCurrent(&popped);
+    }
+    if (code != CUDA_SUCCESS) return moe_cuda_fail(driver, code, "the device of a stream", err);
+    *device = handle; /* a CUdevice is the device's number */
+    return MOE_OK;
+}
+
 int moe_cuda_load(int device, moe_error *err)
 {
     moe_device *state = NULL;

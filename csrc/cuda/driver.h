@@ -23,6 +23,7 @@ enum { MOE_MAX_DEVICES = 64, MOE_MAX_KERNELS = 256, MOE_MAX_MAPS = 2 };
     F(cuCtxGetCurrent, 4000)                                                                       \
     F(cuCtxPushCurrent, 4000)                                                                      \
     F(cuCtxPopCurrent, 4000)                                                                       \
+    F(cuCtxGetDevice, 2000)                                                                        \
     F(cuCtxSynchronize, 2000)                                                                      \
     F(cuLibraryLoadData, 12000)                                                                    \
     F(cuLibraryGetKernel, 12000)                                                                   \
@@ -33,6 +34,7 @@ enum { MOE_MAX_DEVICES = 64, MOE_MAX_KERNELS = 256, MOE_MAX_MAPS = 2 };
     F(cuLaunchKernelEx, 11060)                                                                     \
     F(cuStreamSynchronize, 2000)                                                                   \
     F(cuStreamIsCapturing, 10000)                                                                  \
+    F(cuStreamGetCtx, 9020)                                                                        \
     F(cuThreadExchangeStreamCaptureMode, 10010)                                                    \
     F(cuTensorMapEncodeTiled, 12000)                                                               \
     F(cuMemAlloc, 3020)                                                                            \

@@ -286,6 +286,22 @@ def device_count() -> int: ...
 def _routing_methods() -> dict[str, tuple[int, int, int, int, int, int]]:
     """{method: (score, key, bias, groups, ids, renormalize)}, numbers of moe_kernels.h."""
 
+def _read_environment() -> None:
+    """FUSEDMOE_NUM_THREADS, FUSEDMOE_CPU_ISA and FUSEDMOE_CHECK, for calls that run without the
+    GIL."""
+
+def _xla_handlers() -> list[tuple[str, str, Any]]:
+    """[(function, platform, capsule)] for jax.ffi.register_ffi_target."""
+
+@final
+class _Abstract:
+    """A tensor without memory. fused_experts, fused_moe and route of such tensors check and plan
+    the call and return (operands, [(shape, dtype)], workspace bytes, attributes) of it."""
+
+    def __new__(
+        cls, array: Any, shape: tuple[int, ...], dtype: str, device: int, /
+    ) -> _Abstract: ...
+
 def _cpu_read_bandwidth() -> float:
     """Bytes per second that all threads read from memory, measured now."""
 

@@ -14,7 +14,7 @@ _FRAMEWORKS = {
     "numpy": (("numpy",), "NumPy's C API"),
     "ml_dtypes": (("ml_dtypes",), "bfloat16 of NumPy"),
     "torch": (("torch",), "DLPack exchange table from 2.10, else __dlpack__"),
-    "jax": (("jax",), "__dlpack__, CPU only"),
+    "jax": (("jax",), "custom call of XLA; __dlpack__ on the CPU"),
     "cupy": (("cupy", "cupy-cuda13x", "cupy-cuda12x"), "__dlpack__"),
 }
 
