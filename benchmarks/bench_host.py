@@ -16,6 +16,7 @@ import importlib
 import os
 import statistics
 import sys
+import time
 import timeit
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from fusedmoe.models import model
 
 HERE = Path(__file__).resolve().parent
 CALLS, RUNS = 20_000, 9
+WARM_UP = 1.0  # seconds of calls before the first run: a core that slept is slow for that long
 
 TEN = (
     "hidden_states, w13, w2, topk_weights, topk_ids, w13_bias=w13_bias, w2_bias=w2_bias, "
@@ -201,18 +203,22 @@ def main():
     print(f"-> {path.name}")
 
 
-def measure(device, sizes, calls=CALLS):
+def measure(device, sizes, calls=CALLS, warm_up=WARM_UP):
     """(call, microseconds of each run) for all that can be had here."""
     names = tensors(device, sizes)
     names |= torch_functions(names)
-    jax_names, why = jax_functions(names)
-    names |= jax_names
     for call, statement in STATEMENTS.items():
-        if call.startswith("jax") and why:
-            print(f"       -     {call}: {why}", flush=True)
-            continue
+        if call.startswith("jax"):  # the last one: its threads would run beside the others
+            functions, why = jax_functions(names)
+            if why:
+                print(f"       -     {call}: {why}", flush=True)
+                continue
+            names |= functions
         timer = timeit.Timer(statement, globals=names)
-        timer.timeit(max(calls // 10, 1))
+        timer.timeit(1)  # compiles
+        end = time.monotonic() + warm_up
+        while time.monotonic() < end:
+            timer.timeit(max(calls // 100, 1))
         yield call, [run / calls * 1e6 for run in timer.repeat(RUNS, calls)]
 
 

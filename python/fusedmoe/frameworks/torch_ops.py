@@ -296,7 +296,7 @@ _PLAIN = {
 
 def _autograd_kernel(name, op, kernel):
     def below(keyset, arguments, keywords):
-        if keyset.raw_repr() in _PLAIN:  # where redispatch would lead, 2 us later
+        if keyset.raw_repr() in _PLAIN:  # where redispatch leads, 7 us later
             return kernel(*arguments, **keywords)
         with _AutoDispatchBelowAutograd():
             return op.redispatch(keyset & _after_autograd_keyset, *arguments, **keywords)
