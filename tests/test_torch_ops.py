@@ -65,6 +65,14 @@ def names_of(op):
     return [argument.name for argument in op._schema.arguments]
 
 
+def test_options_by_position_are_refused(layer):
+    """Though the extension takes them so."""
+    with pytest.raises(TypeError, match="takes 5 positional arguments but 6 were given"):
+        fused_experts(*layer.tensors().values(), None)
+    with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were given"):
+        align(layer.topk_ids, 4, None)
+
+
 @pytest.mark.parametrize("name", ["fused_experts", "align"])
 def test_arguments_are_those_of_the_function(name):
     """A keyword that the function gets has to go into the schema, at its place."""
@@ -448,6 +456,14 @@ route(np.zeros((3, 4), np.float32), topk=2)
 x, w = np.zeros((3, 8), np.float32), np.zeros((4, 8, 4), np.float32)
 fused_experts(x, np.zeros((4, 8, 8), np.float32), w, np.zeros((3, 2), np.float32), ids)
 assert not [name for name in sys.modules if "torch" in name]
+from fusedmoe.frameworks import torch as door
+sys.modules["torch"] = None  # as where it is not installed
+try:
+    door.register()
+except ImportError as error:
+    assert str(error).startswith("torch.ops.fusedmoe: expected torch 2.11 to "), error
+else:
+    raise AssertionError("no error")
 """
     path = [*sys.path, *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}

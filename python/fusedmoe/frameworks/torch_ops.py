@@ -35,9 +35,7 @@ try:
 except ImportError as error:
     from .torch import TESTED
 
-    raise ImportError(
-        f"torch.ops.fusedmoe: expected {TESTED}, got a torch without: {error}"
-    ) from error
+    raise ImportError(f"torch.ops.fusedmoe: expected {TESTED}, got: {error}") from error
 
 from .. import _C
 from ..routing import Routing
