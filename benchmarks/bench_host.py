@@ -1,19 +1,27 @@
 """Host time of a call: what Python and the extension take before the GPU has anything to do.
 
-    python benchmarks/bench_host.py     1 token of qwen3_30b, torch GPU tensors -> <gpu>_host.json
+    python benchmarks/bench_host.py     1 token of qwen3_30b, GPU tensors -> <gpu>_host.json
 
 The kernel launches themselves are left out (FUSEDMOE_NO_LAUNCH=1); everything else of a call runs:
-arguments, tensors, checks, plan, stage structs. Median of 9 runs of 20,000 calls.
+arguments, tensors, checks, plan, stage structs. Median of 9 runs of 20,000 calls, under
+torch.no_grad().
+
+Beside the direct calls: the same call as a node of what torch.compile makes of it, the same through
+a plain torch.library.custom_op as torch's documentation has it, and inside jax.jit. The three
+compiled rows include what the compiler puts around the op: guards, and its own Python.
 """
 
 import argparse
+import importlib
 import os
 import statistics
 import sys
+import time
 import timeit
 from pathlib import Path
 
 os.environ["FUSEDMOE_NO_LAUNCH"] = "1"  # read once, when the extension is imported
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch is on the same GPU
 
 import torch
 from bench_layer import slug
@@ -23,16 +31,18 @@ from fusedmoe.models import model
 
 HERE = Path(__file__).resolve().parent
 CALLS, RUNS = 20_000, 9
+WARM_UP = 1.0  # seconds of calls before the first run: a core that slept is slow for that long
 
-# What is timed -> the statement, with the names of `tensors`.
+TEN = (
+    "hidden_states, w13, w2, topk_weights, topk_ids, w13_bias=w13_bias, w2_bias=w2_bias, "
+    "shared_output=shared_output, out=out, workspace=workspace"
+)
+FIVE = "hidden_states, w13, w2, topk_weights, topk_ids"
+
+# What is timed -> the statement, with the names of `tensors` and of the functions below.
 STATEMENTS = {
-    "fused_experts, ten tensors": (
-        "fused_experts(hidden_states, w13, w2, topk_weights, topk_ids, w13_bias=w13_bias, "
-        "w2_bias=w2_bias, shared_output=shared_output, out=out, workspace=workspace)"
-    ),
-    "fused_experts, out and workspace allocated": (
-        "fused_experts(hidden_states, w13, w2, topk_weights, topk_ids)"
-    ),
+    "fused_experts, ten tensors": f"fused_experts({TEN})",
+    "fused_experts, out and workspace allocated": f"fused_experts({FIVE})",
     "Experts.run": "experts.run(hidden_states, topk_weights, topk_ids, out, workspace)",
     "Experts.__call__": (
         "experts(hidden_states, topk_weights, topk_ids, out=out, workspace=workspace)"
@@ -43,6 +53,16 @@ STATEMENTS = {
     "Experts.__call__, max_tokens, out allocated": (
         "experts_scratch(hidden_states, topk_weights, topk_ids)"
     ),
+    "FusedMoE module, out and workspace": (
+        "module(hidden_states, topk_weights, topk_ids, out=out, workspace=workspace)"
+    ),
+    "torch.ops, ten tensors": f"op.out({TEN})",
+    "torch.ops, out and workspace allocated": f"op.default({FIVE})",
+    "torch.compile, out and workspace allocated": f"compiled({FIVE})",
+    "custom_op, ten tensors": f"custom_out({TEN})",
+    "custom_op, out and workspace allocated": f"custom({FIVE})",
+    "custom_op in torch.compile, out and workspace allocated": f"compiled_custom({FIVE})",
+    "jax.jit, out and workspace allocated": "jitted(*jax_arrays)",
 }
 
 
@@ -67,6 +87,86 @@ def tensors(device, sizes, dtype=torch.bfloat16):
     return names
 
 
+@torch.library.custom_op("bench_host::fused_experts", mutates_args=())
+def custom(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> torch.Tensor:
+    return fused_experts(hidden_states, w13, w2, topk_weights, topk_ids)
+
+
+@custom.register_fake
+def _(hidden_states, w13, w2, topk_weights, topk_ids):
+    return torch.empty_like(hidden_states)
+
+
+@torch.library.custom_op("bench_host::fused_experts_out", mutates_args=("out", "workspace"))
+def custom_out(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    w13_bias: torch.Tensor,
+    w2_bias: torch.Tensor,
+    shared_output: torch.Tensor,
+    out: torch.Tensor,
+    workspace: torch.Tensor,
+) -> None:
+    fused_experts(
+        hidden_states,
+        w13,
+        w2,
+        topk_weights,
+        topk_ids,
+        w13_bias=w13_bias,
+        w2_bias=w2_bias,
+        shared_output=shared_output,
+        out=out,
+        workspace=workspace,
+    )
+
+
+def torch_functions(names):
+    from fusedmoe.frameworks import torch as door
+
+    door.register()
+    module = door.FusedMoE(0, 1, 1)
+    module.w13, module.w2 = (
+        torch.nn.Parameter(names[name], requires_grad=False) for name in ("w13", "w2")
+    )
+    return {
+        "fused_experts": fused_experts,
+        "module": module,
+        "op": torch.ops.fusedmoe.fused_experts,
+        "compiled": torch.compile(lambda *a: fused_experts(*a), fullgraph=True),
+        "custom": torch.ops.bench_host.fused_experts.default,
+        "custom_out": torch.ops.bench_host.fused_experts_out.default,
+        "compiled_custom": torch.compile(lambda *a: custom(*a), fullgraph=True),
+    }
+
+
+def jax_functions(names):
+    """The same call inside jax.jit; {} and the reason where that is not to be had."""
+    try:
+        door = importlib.import_module("fusedmoe.frameworks.jax")
+        if not hasattr(door, "fused_experts"):
+            return {}, "fusedmoe.frameworks.jax has no fused_experts"
+        import jax
+
+        jax.devices("gpu")
+        order = ("hidden_states", "w13", "w2", "topk_weights", "topk_ids")
+        arrays = [jax.dlpack.from_dlpack(names[name]) for name in order]
+        jitted = jax.jit(lambda *a: door.fused_experts(*a))
+        jax.block_until_ready(jitted(*arrays))
+    except Exception as error:  # a benchmark of five frameworks runs with four
+        return {}, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return {"jitted": jitted, "jax_arrays": arrays}, None
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -78,31 +178,48 @@ def main():
 
     gpu = backend("cuda")
     head = bench.header(gpu, HERE.parent, args.commit)
-    names = {"fused_experts": fused_experts, **tensors("cuda", model(args.model))}
     python = ".".join(map(str, sys.version_info[:3]))
     print(f"{gpu.text}; CPython {python}, torch {torch.__version__}; launches left out")
     records = []
-    for call, statement in STATEMENTS.items():
-        timer = timeit.Timer(statement, globals=names)
-        timer.timeit(CALLS // 10)
-        us = [run / CALLS * 1e6 for run in timer.repeat(RUNS, CALLS)]
-        records.append(
-            {
-                "op": "host",
-                "call": call,
-                "framework": "torch",
-                "us": round(statistics.median(us), 3),
-                "us_min": round(min(us), 3),
-                "us_max": round(max(us), 3),
-                "num_tokens": 1,
-                "python": python,
-                "torch": torch.__version__,
-            }
-        )
-        print(f"{records[-1]['us']:>8.3f} us  {call}", flush=True)
+    with torch.no_grad():
+        for call, us in measure("cuda", model(args.model)):
+            framework = "jax" if call.startswith("jax") else "torch"
+            records.append(
+                {
+                    "op": "host",
+                    "call": call,
+                    "framework": framework,
+                    "us": round(statistics.median(us), 3),
+                    "us_min": round(min(us), 3),
+                    "us_max": round(max(us), 3),
+                    "num_tokens": 1,
+                    "python": python,
+                    framework: sys.modules[framework].__version__,
+                }
+            )
+            print(f"{records[-1]['us']:>8.3f} us  {call}", flush=True)
     path = args.json or HERE / "results" / f"{slug(head['gpu'])}_host.json"
     bench.write_records(path, head, records)
     print(f"-> {path.name}")
+
+
+def measure(device, sizes, calls=CALLS, warm_up=WARM_UP):
+    """(call, microseconds of each run) for all that can be had here."""
+    names = tensors(device, sizes)
+    names |= torch_functions(names)
+    for call, statement in STATEMENTS.items():
+        if call.startswith("jax"):  # the last one: its threads would run beside the others
+            functions, why = jax_functions(names)
+            if why:
+                print(f"       -     {call}: {why}", flush=True)
+                continue
+            names |= functions
+        timer = timeit.Timer(statement, globals=names)
+        timer.timeit(1)  # compiles
+        end = time.monotonic() + warm_up
+        while time.monotonic() < end:
+            timer.timeit(max(calls // 100, 1))
+        yield call, [run / calls * 1e6 for run in timer.repeat(RUNS, calls)]
 
 
 if __name__ == "__main__":

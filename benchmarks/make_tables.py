@@ -54,8 +54,11 @@ def cpu():
 
 
 def host():
-    """Host time per call."""
-    document, records = load("h200_host.json", lambda r: r["op"] == "host")
+    """Host time per call, as measured last."""
+    documents = [
+        load(path.name, lambda r: r["op"] == "host") for path in RESULTS.glob("*_host.json")
+    ]
+    document, records = max(documents, key=lambda found: found[0]["date"], default=({}, []))
     rows = [["call", "µs"]] + [[r["call"], f"{r['us']:.2f}"] for r in records]
     about = f"CPython {records[0]['python']}, torch {records[0]['torch']}. " if records else ""
     return markdown(rows) + source(document, about)

@@ -646,32 +646,53 @@ static PyObject *shape_tuple(int32_t ndim, const int64_t *shape)
     return tuple;
 }
 
+static int fail_to_allocate_beside(PyObject *prototype, const char *name, moe_error *err)
+{
+    char beside[128];
+    return moe_fail(err, MOE_ERROR_TYPE,
+                    "%s: expected a tensor, got None, and nothing can be allocated beside %s", name,
+                    tensor_type_text(prototype, beside, sizeof beside));
+}
+
+/* For the allocator's error callback. */
+typedef struct table_failure {
+    moe_error *err;
+    bool no_allocator; /* the table has one that only says so (cuda.core) */
+} table_failure;
+
 static void set_table_error(void *context, const char *kind, const char *message)
 {
+    table_failure *failure = context;
     char why[400];
+    if (kind && strcmp(kind, "NotImplementedError") == 0) {
+        failure->no_allocator = true;
+        return;
+    }
     snprintf(why, sizeof why, "%s", message ? message : "no reason given");
     char *line = strchr(why, '\n');
     if (line) *line = 0;
-    (void)kind; /* a function's name in torch */
-    moe_fail(context, MOE_ERROR_MEMORY, "allocation by the tensor's framework failed: %s", why);
+    moe_fail(failure->err, MOE_ERROR_MEMORY, "allocation by the tensor's framework failed: %s",
+             why);
 }
 
-static int allocate_by_table(const DLPackExchangeAPI *api, const moe_tensor *beside,
-                             const char *name, int32_t dtype, int32_t ndim, const int64_t *shape,
-                             moe_tensor *tensor, tensor_hold *hold, PyObject **result,
-                             moe_error *err)
+static int allocate_by_table(const DLPackExchangeAPI *api, PyObject *prototype,
+                             const moe_tensor *beside, const char *name, int32_t dtype,
+                             int32_t ndim, const int64_t *shape, moe_tensor *tensor,
+                             tensor_hold *hold, PyObject **result, moe_error *err)
 {
     int64_t extents[MOE_MAX_DIMS];
     for (int i = 0; i < ndim; ++i)
         extents[i] = shape[i];
-    DLTensor prototype = {NULL,    {beside->backend == MOE_CPU ? kDLCPU : kDLCUDA, beside->device},
-                          ndim,    tensor_dlpack_dtype(dtype),
-                          extents, NULL,
-                          0};
+    DLTensor wanted = {NULL,    {beside->backend == MOE_CPU ? kDLCPU : kDLCUDA, beside->device},
+                       ndim,    tensor_dlpack_dtype(dtype),
+                       extents, NULL,
+                       0};
     DLManagedTensorVersioned *managed = NULL;
-    if (api->managed_tensor_allocator(&prototype, &managed, err, set_table_error) ||
+    table_failure failure = {err, false};
+    if (api->managed_tensor_allocator(&wanted, &managed, &failure, set_table_error) ||
         managed == NULL) {
         PyErr_Clear();
+        if (failure.no_allocator) return fail_to_allocate_beside(prototype, name, err);
         return moe_fail(err, MOE_ERROR_MEMORY, "%s: allocation by the tensor's framework failed",
                         name);
     }
@@ -703,12 +724,9 @@ static int allocate_by_python(tensor_context *ctx, PyObject *prototype, const ch
     if (dtype_name)
         pair = PyObject_CallFunctionObjArgs(ctx->allocate, prototype, extents, dtype_name, NULL);
     if (pair == NULL) {
-        char beside[128];
         if (PyErr_ExceptionMatches(PyExc_TypeError)) { /* no framework is known for this type */
             PyErr_Clear();
-            moe_fail(err, MOE_ERROR_TYPE,
-                     "%s: expected a tensor, got None, and nothing can be allocated beside %s",
-                     name, tensor_type_text(prototype, beside, sizeof beside));
+            fail_to_allocate_beside(prototype, name, err);
         } else {
             tensor_fail_with_exception(err, MOE_ERROR_RUNTIME, name, EXPECTED, prototype);
         }
@@ -782,8 +800,8 @@ int tensor_allocate(tensor_context *ctx, PyObject *prototype, const moe_tensor *
             allocate_by_python(ctx, prototype, name, dtype, ndim, shape, tensor, hold, result, wrap,
                                err);
         else
-            allocate_by_table(type.api, beside, name, dtype, ndim, shape, tensor, hold, result,
-                              err);
+            allocate_by_table(type.api, prototype, beside, name, dtype, ndim, shape, tensor, hold,
+                              result, err);
         break;
     case DOOR_NUMPY: {
         PyObject *array = NULL;

@@ -1,7 +1,7 @@
 """The functions: the layer, its five stages alone, and planning.
 
-Each is a thin function over the C extension. It hands every argument on by position, in one fixed
-order; all checks and defaults are in C, which also owns the words of every error. Here are the
+Each is a thin function over the C extension, which takes the same arguments in the same order; all
+checks and defaults are in C, which also owns the words of every error. Here are the
 signatures and what they mean.
 
 Common to all:
@@ -9,7 +9,8 @@ Common to all:
     of one call live on one device. The last dimension is contiguous, the others have any stride.
     None means "not given". On a GPU a call queues kernels on `stream` and returns: no
     synchronisation, no allocation but that of `out` and `workspace` by the caller's framework, so
-    it can be captured in a CUDA graph. No gradient is recorded.
+    it can be captured in a CUDA graph. No gradient is recorded. In code that torch.compile or
+    torch.export traces, fused_moe, fused_experts, route and align are torch.ops.fusedmoe.
     A call that raises has written nothing. TypeError: dtype or kind of object. ValueError: shape,
     stride, device, overlap, read-only or too small buffer, number out of range.
     NotImplementedError: no such combination yet. RuntimeError: no GPU, or the driver. MemoryError.
@@ -18,8 +19,53 @@ Common to all:
 
 from __future__ import annotations
 
+from functools import wraps
+from sys import modules
+
 from . import _C
 from .routing import Routing
+
+
+def _look_for_torch():
+    """Whether torch is tracing this call. torch may be loaded later than this module: once it is,
+    its own function stands here."""
+    global _is_traced
+    compiler = getattr(modules.get("torch"), "compiler", None)  # None: still loading, for one
+    if compiler is None:
+        return False
+    if compiler.is_compiling():
+        return True
+    _is_traced = compiler.is_compiling
+    return False
+
+
+_is_traced = _look_for_torch
+
+
+def _torch_ops():
+    """What stands for the extension in a graph of torch."""
+    from .frameworks import torch_ops
+
+    return torch_ops
+
+
+def _of_extension(function):
+    """The extension's function of this name, under the signature and the documentation of
+    `function`, whose body is for code that torch traces.
+
+    What the caller leaves out stays out: Python would look up 22 defaults that the extension knows
+    by itself, for a tenth of the time of a call.
+    """
+    direct = getattr(_C, function.__name__)
+    num_positional = function.__code__.co_argcount
+
+    @wraps(function)
+    def call(*arguments, **keywords):
+        if _is_traced() or len(arguments) > num_positional:  # the latter: Python says what is wrong
+            return function(*arguments, **keywords)
+        return direct(*arguments, **keywords)
+
+    return call
 
 
 def fused_moe(
@@ -77,7 +123,7 @@ def fused_moe(
     """
     if not isinstance(routing, Routing):
         raise TypeError(f"routing: expected a fusedmoe.Routing, got {type(routing).__name__}")
-    return _C.fused_moe(
+    return (_torch_ops() if _is_traced() else _C).fused_moe(
         hidden_states,
         w13,
         w2,
@@ -116,6 +162,7 @@ def fused_moe(
     )
 
 
+@_of_extension
 def fused_experts(
     hidden_states,
     w13,
@@ -216,7 +263,7 @@ def fused_experts(
 
     Oracle: reference.fused_experts. Paper: arXiv:1701.06538; the gated form arXiv:2002.05202.
     """
-    return _C.fused_experts(
+    return _torch_ops().fused_experts(
         hidden_states,
         w13,
         w2,
@@ -284,7 +331,7 @@ def route(router_logits, routing=None, *, out_weights=None, out_ids=None, stream
         raise TypeError(f"routing: expected None where its fields are given ({', '.join(fields)})")
     if not isinstance(routing, Routing):
         raise TypeError(f"routing: expected a fusedmoe.Routing, got {type(routing).__name__}")
-    return _C.route(
+    return (_torch_ops() if _is_traced() else _C).route(
         router_logits,
         routing.topk,
         routing.kernel_method,
@@ -297,6 +344,7 @@ def route(router_logits, routing=None, *, out_weights=None, out_ids=None, stream
     )
 
 
+@_of_extension
 def align(
     topk_ids,
     num_experts,
@@ -333,7 +381,7 @@ def align(
 
     Oracle: reference.align.
     """
-    return _C.align(
+    return _torch_ops().align(
         topk_ids,
         num_experts,
         expert_map,
