@@ -290,6 +290,7 @@ def experts(monkeypatch):
     yield module
     door._register.cache_clear()
     sys.modules.pop(name, None)
+    del fusedmoe.frameworks.vllm_experts
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
