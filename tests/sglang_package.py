@@ -371,6 +371,27 @@ DECLINED = {
         q,
         c,
     ),
+    "flat weights": lambda d, q, c: (
+        d,
+        dataclasses.replace(q, w13_weight=q.w13_weight.reshape(E, -1)),
+        c,
+    ),
+    "transposed weights": lambda d, q, c: (
+        d,
+        dataclasses.replace(q, w2_weight=torch.randn(E, I, H).bfloat16().transpose(1, 2)),
+        c,
+    ),
+    # What the library itself refuses, after all checks here.
+    "a bias of another dtype": lambda d, q, c: (
+        d,
+        dataclasses.replace(q, b13=torch.zeros(E, 2 * I).double()),
+        c,
+    ),
+    "ids of another dtype": lambda d, q, c: (
+        d._replace(topk_output=d.topk_output._replace(topk_ids=d.topk_output.topk_ids.short())),
+        q,
+        c,
+    ),
     "another configuration": lambda d, q, c: (d, q, types.SimpleNamespace(**vars(c))),
     "33 slots": lambda d, q, c: (
         d._replace(
@@ -538,6 +559,7 @@ def check_topk_gives_what_select_experts_gives():
         for name, fields in TOPKS.items():
             torch.manual_seed(1)
             topk, x, logits = make_topk(**fields), torch.randn(17, H), torch.randn(17, 32)
+            assert topk(x[:0], logits[:0]).topk_ids.shape == (0, 4), name
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with patched(torch, compile=lambda *a, **k: a[0]):

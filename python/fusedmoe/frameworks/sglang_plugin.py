@@ -45,6 +45,7 @@ CONFIG_FIELDS = frozenset(
 WEIGHT_FIELDS = frozenset("w13_weight w2_weight b13 b2 fuse_swiglu_interleaved".split())
 
 _COMPILING = "torch.compile is tracing"
+_REFUSALS = (NotImplementedError, TypeError, ValueError)  # of the library; nothing is queued then
 
 _undo = []  # what `deactivate` calls, last first
 
@@ -174,7 +175,7 @@ def _out_of_reach(engine):
 @functools.lru_cache(maxsize=256)
 def _say_declined(reason):
     """Once for each reason."""
-    logger.info("fusedmoe: a MoE layer runs on SGLang's own kernels: %s", reason)
+    logger.info("fusedmoe: left to SGLang's own kernels: %s", reason)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -216,8 +217,10 @@ def declines(dispatch_output, quant_info, config):
     plain = engine.torch.Tensor, engine.torch.nn.Parameter
     if any(type(t) not in plain for t in (x, w13, w2, ids, weights)):
         return "a tensor subclass"
-    if x.ndim != 2 or not x.is_contiguous() or weights.shape != ids.shape:
+    if x.ndim != 2 or ids.ndim != 2 or weights.shape != ids.shape:
         return "hidden_states or topk of an unexpected shape"
+    if w13.ndim != 3 or not (x.is_contiguous() and w13.is_contiguous() and w2.is_contiguous()):
+        return "tensors that are not contiguous"
     wide = w13.shape[1] // 2 if config.is_gated else w13.shape[1]
     if w13.shape[2] != x.shape[1] or tuple(w2.shape) != (w13.shape[0], x.shape[1], wide):
         return "weights of an unexpected shape"
@@ -269,6 +272,15 @@ def run(dispatch_output, quant_info, config):
     return engine.CombineInput(hidden_states=out)
 
 
+def _run_or_theirs(engine, *call):
+    """`run`; what it refuses after all, it has refused before anything was written."""
+    try:
+        return run(*call)
+    except _REFUSALS as error:
+        _say_declined(str(error))
+        return engine.theirs(*call)
+
+
 def _take_pool(engine):
     theirs = engine.theirs
 
@@ -276,7 +288,7 @@ def _take_pool(engine):
     def fused_experts_none_to_fusedmoe(dispatch_output, quant_info, runner_config):
         reason = declines(dispatch_output, quant_info, runner_config)
         if reason is None:
-            return run(dispatch_output, quant_info, runner_config)
+            return _run_or_theirs(engine, dispatch_output, quant_info, runner_config)
         if reason is not _COMPILING:  # nothing but the call itself may be traced
             _say_declined(reason)
         return theirs(dispatch_output, quant_info, runner_config)
@@ -298,7 +310,8 @@ def _take_experts(engine):
         )
 
     def forward(self, layer, dispatch_output):
-        return run(dispatch_output, self.get_triton_quant_info(layer), self.runner.config)
+        quant_info = self.get_triton_quant_info(layer)
+        return _run_or_theirs(engine, dispatch_output, quant_info, self.runner.config)
 
     _take_op(engine, engine.Method, eligible, forward)
 
@@ -409,9 +422,13 @@ def _take_topk(engine):
             and routing_of(config) is not None
         )
 
-    def forward(self, hidden_states, router_logits, **_nothing_that_matters):
-        with engine.output_context():
-            weights, ids = ops.route(router_logits, routing_of(self.topk_config))
+    def forward(self, hidden_states, router_logits, **rest):
+        try:
+            with engine.output_context():
+                weights, ids = ops.route(router_logits, routing_of(self.topk_config))
+        except _REFUSALS as error:
+            _say_declined(str(error))
+            return self.forward_cuda(hidden_states, router_logits, **rest)
         return engine.standard(weights, ids, self.topk_config, self.layer_id)
 
     _take_op(engine, module.TopK, eligible, forward)
@@ -431,7 +448,7 @@ def _take_gate(engine):
             and on_hopper(scores)
         )
         if takes:
-            with suppress(NotImplementedError, TypeError, ValueError):  # nothing is queued then
+            with suppress(*_REFUSALS):
                 return door.moe_fused_gate(scores, bias, *args, **kwargs)
         return original(scores, bias, *args, **kwargs)
 
