@@ -23,10 +23,8 @@ import dataclasses
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
-import json
 import logging
 import sys
-import traceback
 import types
 import warnings
 from contextlib import contextmanager
@@ -37,6 +35,7 @@ import torch
 import torch._dynamo  # torch asks for triton once: before there is a placeholder
 import torch._inductor.compile_fx
 import torch._inductor.runtime.triton_compat  # noqa: F401
+from package_checks import patched, report
 
 HERE = Path(__file__).parent
 BARE = ("sglang", "sglang.srt.configs", "sglang.srt.layers.quantization")
@@ -110,18 +109,6 @@ class Recorder:
     def __call__(self, *args, **kwargs):
         self.calls.append((args, kwargs))
         return self
-
-
-@contextmanager
-def patched(target, **values):
-    old = {name: getattr(target, name) for name in values}
-    for name, value in values.items():
-        setattr(target, name, value)
-    try:
-        yield
-    finally:
-        for name, value in old.items():
-            setattr(target, name, value)
 
 
 @contextmanager
@@ -764,19 +751,7 @@ def check_a_missing_part_is_one_sentence():
         plugin._engine.cache_clear()
 
 
-def main(folder):
-    prepare(Path(folder))
-    logging.getLogger("fusedmoe").setLevel(logging.INFO)
-    result = {}
-    for name, check in list(globals().items()):
-        if name.startswith("check_"):
-            try:
-                check()
-                result[name] = None
-            except BaseException:
-                result[name] = traceback.format_exc()
-    print(json.dumps(result))
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    prepare(Path(sys.argv[1]))
+    logging.getLogger("fusedmoe").setLevel(logging.INFO)
+    report(globals())

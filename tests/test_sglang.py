@@ -12,7 +12,6 @@ small packages it imports, or where sglang is installed:
 import ast
 import importlib.util
 import inspect
-import json
 import os
 import re
 import subprocess
@@ -23,12 +22,12 @@ from types import SimpleNamespace
 
 import fusedmoe
 import numpy as np
+import package_checks
 import pytest
 from fusedmoe import reference
 from fusedmoe.frameworks import sglang as door
 from support import BF16, F16, F32, TorchBackend, assert_close, have, make_layer, no_gpu
 
-HERE = Path(__file__).parent
 pytestmark = pytest.mark.skipif(not have("torch"), reason="torch is not installed")
 
 
@@ -120,26 +119,12 @@ def test_version_of_the_package(package):
     assert f"sglang {version}" == door.TESTED
 
 
-CHECKS = re.findall(r"^def (check_\w+)", (HERE / "sglang_package.py").read_text(), re.MULTILINE)
-
-
 @pytest.fixture(scope="module")
 def checks(package):
-    """What sglang_package.py found: in a process of its own, because it puts a placeholder in the
-    place of triton."""
-    path = os.pathsep.join([str(Path(fusedmoe.__file__).parents[1]), str(HERE)])
-    done = subprocess.run(
-        [sys.executable, str(HERE / "sglang_package.py"), str(package)],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return package_checks.run("sglang_package.py", package)
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", package_checks.names("sglang_package.py"))
 def test_plug_in_in_the_real_package(checks, name):
     assert checks[name] is None, checks[name]
 

@@ -2,8 +2,9 @@
 
 vLLM is too large to install for a test. `data/vllm_signatures.json` holds the names, arguments and
 defaults that the door relies on, written from the published package by
-refresh_vllm_signatures.py; with FUSEDMOE_VLLM_SOURCE, a folder with vllm/ in it, the record itself
-is checked. The experts run here on base classes made from that record.
+refresh_vllm_signatures.py, and the experts run here on base classes made from that record. With
+FUSEDMOE_VLLM_SOURCE, a folder with vllm/ in it, the record itself is checked, and the plug-in is
+run in the real package by vllm_package.py.
 """
 
 import abc
@@ -13,6 +14,7 @@ import importlib
 import json
 import logging
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import fusedmoe
 import numpy as np
+import package_checks
 import pytest
 from fusedmoe.frameworks import vllm as door
 from refresh_vllm_signatures import RECORD, record
@@ -43,11 +46,26 @@ def test_record_is_of_the_version_named():
     assert f"vllm {VLLM['version']}" == door.TESTED
 
 
-def test_record_is_what_the_source_says():
+@pytest.fixture(scope="module")
+def package():
     folder = os.environ.get("FUSEDMOE_VLLM_SOURCE")
     if not folder:
         pytest.skip("FUSEDMOE_VLLM_SOURCE is not set")
-    assert record(folder) == VLLM
+    return Path(folder)
+
+
+def test_record_is_what_the_source_says(package):
+    assert record(package) == VLLM
+
+
+@pytest.fixture(scope="module")
+def checks(package):
+    return package_checks.run("vllm_package.py", package)
+
+
+@pytest.mark.parametrize("name", package_checks.names("vllm_package.py"))
+def test_plug_in_in_the_real_package(checks, name):
+    assert checks[name] is None, checks[name]
 
 
 def own_class(name):
@@ -568,6 +586,13 @@ def test_without_vllm(caplog, monkeypatch):
     assert door.status() == (None, "vllm is not installed")
     door.register()
     assert "No module named 'vllm'" in caplog.text
+
+
+def test_entry_point_is_register():
+    text = (RECORD.parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition('[project.entry-points."vllm.general_plugins"]')[2]
+    target = re.match(r'\s*fusedmoe = "([\w.:]+)"', section).group(1)
+    assert pkgutil.resolve_name(target) is door.register
 
 
 def test_door_imports_no_framework():
