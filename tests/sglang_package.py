@@ -104,9 +104,11 @@ def prepare(folder):
 class Recorder:
     def __init__(self, name):
         self.__name__ = name
-        self.calls = []
+        self.calls, self.instead = [], None
 
     def __call__(self, *args, **kwargs):
+        if self.instead is not None:
+            return self.instead(*args, **kwargs)
         self.calls.append((args, kwargs))
         return self
 
@@ -491,7 +493,9 @@ def check_unquantised_method_declines_to_forward_cuda():
         (args, _) = theirs.calls.pop()
         assert args[0] is dispatch and args[2] is method.runner.config
         method.runner.fused_func = None  # an all-to-all backend: not this layer's place
-        assert not method.backend_eligible(plugin._engine().plugin, layer, method_case()[2])
+        seen = Recorder("forward_cuda")
+        with patched(type(method), forward_cuda=seen):
+            assert method.apply(layer, method_case()[2]) is seen
 
 
 def check_capabilities_of_other_ops_stay():
@@ -504,7 +508,6 @@ def check_capabilities_of_other_ops_stay():
         assert engine.plugin in engine.topk.TopK.capabilities
     assert engine.plugin not in engine.Method.capabilities
     assert "forward_plugin" not in engine.Method.__dict__
-    assert "backend_eligible" not in engine.topk.TopK.__dict__
 
 
 TOPKS = {
@@ -595,12 +598,16 @@ def check_topk_declines():
     """Anything that select_experts would work on afterwards is left to SGLang."""
     from sglang.srt.layers.moe.topk import TopKOutputFormat
 
-    with active() as (plugin, _, _):
-        backend, logits = plugin._engine().plugin, torch.randn(3, 32)
-        x = torch.randn(3, H)
+    seen = Recorder("forward_cuda")
+    with active() as (plugin, _, _), patched(plugin._engine().topk.TopK, forward_cuda=seen):
+        x, logits = torch.randn(3, H), torch.randn(3, 32)
 
         def takes(topk, **kwargs):
-            return topk.backend_eligible(backend, x, logits, **kwargs)
+            if topk(x, logits, **kwargs) is not seen:
+                return True
+            args, got = seen.calls.pop()
+            assert args == (x, logits) and got == kwargs
+            return False
 
         assert takes(make_topk())
         assert not takes(make_topk(), num_token_non_padded=torch.tensor(2, dtype=torch.int32))
@@ -620,6 +627,32 @@ def check_topk_declines():
         other = make_topk()
         other.topk_config.runner_backend = types.SimpleNamespace(is_triton=lambda: False)
         assert not takes(other)
+
+
+def check_torch_compile_traces_past_it():
+    """In one graph, whatever the plug-in put in the way: SGLang compiles its models whole."""
+    from sglang.kernels.ops.moe import moe_fused_gate as module
+
+    method, layer, dispatch, quant_info = method_case()
+    x, twice = dispatch.hidden_states, dispatch.hidden_states * 2
+    with active() as (plugin, theirs, gate):
+        topk, logits = make_topk(), torch.randn(T, 32)
+        function, config = pool_function(plugin), method.runner.config
+        topk(x, logits), method.apply(layer, dispatch)  # dispatch is settled before tracing
+        x.copy_(twice / 2)
+        theirs.instead = lambda d, q, c: d.hidden_states * 2
+        gate.instead = lambda scores, bias, topk: scores.softmax(-1)
+        with (
+            patched(type(topk), forward_cuda=lambda self, h, logits, **_: logits.softmax(-1)),
+            patched(type(method), forward_cuda=lambda self, l, d: d.hidden_states * 2),  # noqa: E741
+        ):
+            for call, want in (
+                (lambda: topk(x, logits), logits.softmax(-1)),
+                (lambda: method.apply(layer, dispatch), twice),
+                (lambda: function(dispatch, quant_info, config), twice),
+                (lambda: module.moe_fused_gate(logits, None, 4), logits.softmax(-1)),
+            ):
+                assert torch.equal(torch.compile(call, backend="eager", fullgraph=True)(), want)
 
 
 def check_gate_is_hooked():

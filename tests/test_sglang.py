@@ -306,6 +306,15 @@ def test_topk_softmax(backend, rng, num_tokens, num_experts, topk, dtype):
         assert_routed(backend, out, logits, topk, method="softmax_topk", renormalize=renormalize)
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tokens", [1, 16, 128, 512, 1024, 2048])
+@pytest.mark.parametrize("num_experts", [4, 8, 16, 32, 64, 128, 256])
+@pytest.mark.parametrize("topk", [1, 2, 4])
+def test_topk_softmax_full_grid(gpu, rng, num_tokens, num_experts, topk):
+    test_topk_softmax(gpu, rng, num_tokens, num_experts, topk, F32)
+
+
 def test_topk_softmax_bias_and_softcap(backend, rng):
     logits, bias = rng.standard_normal((9, 32)).astype(F32), rng.standard_normal(32).astype(F32)
     out = empty_topk(backend, 9, 4)
@@ -377,6 +386,19 @@ def test_moe_fused_gate_grid(
         shared_weight=(1.0 if applied else 0.4) if shared else None,
         scale=2.5 if applied else 1.0,
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tokens", [*range(2, 10), 16, 256, 1024, 8192, 65536])
+@pytest.mark.parametrize(
+    "num_experts, groups, topk_groups, topk", [(128, 4, 2, 4), (256, 8, 4, 8), (512, 16, 8, 16)]
+)
+def test_moe_fused_gate_full_grid(gpu, rng, num_tokens, num_experts, groups, topk_groups, topk):
+    for shared, applied in product((0, 1, 2), (False, True)):
+        test_moe_fused_gate_grid(
+            gpu, rng, num_tokens, num_experts, groups, topk_groups, topk, shared, applied
+        )
 
 
 @pytest.mark.parametrize(
@@ -467,6 +489,15 @@ def test_moe_align_block_size(backend, rng, num_tokens, topk, num_experts, block
     assert_aligned(backend, got, ids, block_size, num_experts, -1)
     assert backend.get(got[2])[1] == -(-(ids == -1).sum() // block_size)
     assert (backend.get(put) == ids).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("num_tokens", [2**i for i in range(13)])
+@pytest.mark.parametrize("topk", [1, 2, 4, 8, 16, 32])
+@pytest.mark.parametrize("block_size", [32, 64, 128, 256])
+def test_moe_align_block_size_full_grid(gpu, rng, num_tokens, topk, block_size):
+    test_moe_align_block_size(gpu, rng, num_tokens, topk, 256, block_size)
 
 
 def test_moe_align_block_size_as_documented(backend):

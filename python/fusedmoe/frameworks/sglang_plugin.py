@@ -44,7 +44,6 @@ CONFIG_FIELDS = frozenset(
 )
 WEIGHT_FIELDS = frozenset("w13_weight w2_weight b13 b2 fuse_swiglu_interleaved".split())
 
-_COMPILING = "torch.compile is tracing"
 _REFUSALS = (NotImplementedError, TypeError, ValueError)  # of the library; nothing is queued then
 
 _undo = []  # what `deactivate` calls, last first
@@ -166,7 +165,7 @@ def _out_of_reach(engine):
     if not _undo:
         return "the plug-in is not active"
     if engine.torch.compiler.is_compiling():
-        return _COMPILING
+        return "torch.compile is tracing"
     if engine.batch_invariant():
         return "batch-invariant mode"
     return None
@@ -286,11 +285,12 @@ def _take_pool(engine):
 
     @functools.wraps(theirs)
     def fused_experts_none_to_fusedmoe(dispatch_output, quant_info, runner_config):
+        if engine.torch.compiler.is_compiling():  # before all else, which is not to be traced
+            return theirs(dispatch_output, quant_info, runner_config)
         reason = declines(dispatch_output, quant_info, runner_config)
         if reason is None:
             return _run_or_theirs(engine, dispatch_output, quant_info, runner_config)
-        if reason is not _COMPILING:  # nothing but the call itself may be traced
-            _say_declined(reason)
+        _say_declined(reason)
         return theirs(dispatch_output, quant_info, runner_config)
 
     engine.pool[POOL_KEY] = fused_experts_none_to_fusedmoe
@@ -298,44 +298,34 @@ def _take_pool(engine):
 
 
 def _take_experts(engine):
-    def eligible(self, layer, dispatch_output):
+    def forward_plugin(self, layer, dispatch_output):
+        if engine.torch.compiler.is_compiling():
+            return self.forward_cuda(layer, dispatch_output)
         runner = self.runner
-        return (
+        here = (
             self._aiter_runner is None
             and runner is not None
             and runner.runner_backend.is_triton()
             and runner.fused_func is not None  # no all-to-all, no LoRA, not turned off
             and not runner.lora_enabled
-            and not declines(dispatch_output, self.get_triton_quant_info(layer), runner.config)
         )
+        if here:
+            quant_info = self.get_triton_quant_info(layer)
+            if declines(dispatch_output, quant_info, runner.config) is None:
+                return _run_or_theirs(engine, dispatch_output, quant_info, runner.config)
+        return self.forward_cuda(layer, dispatch_output)  # declined again, and said, by the pool's
 
-    def forward(self, layer, dispatch_output):
-        quant_info = self.get_triton_quant_info(layer)
-        return _run_or_theirs(engine, dispatch_output, quant_info, self.runner.config)
-
-    _take_op(engine, engine.Method, eligible, forward)
+    _take_op(engine, engine.Method, forward_plugin)
 
 
-def _take_op(engine, kind, eligible, forward):
-    """Makes `forward` the plug-in backend of a class of SGLang's ops, for calls that are eligible
-    and on a Hopper GPU."""
-    base_eligible = kind.backend_eligible
-
-    def backend_eligible(self, backend, *args, **kwargs):
-        if not base_eligible(self, backend, *args, **kwargs):
-            return False
-        return backend is not engine.plugin or eligible(self, *args, **kwargs)
-
+def _take_op(engine, kind, forward_plugin):
+    """Makes `forward_plugin` what a class of SGLang's ops runs on Hopper GPUs. It falls back to
+    `forward_cuda` by itself; with SGLang's per-call choice of backends (`backend_eligible`) there
+    would be more for torch.compile to trace."""
     # A mapping of this class's own: the one it inherits is shared by all ops.
     capabilities = {**kind.capabilities, engine.plugin: frozenset({engine.hopper})}
-    new = {
-        "capabilities": capabilities,
-        "backend_eligible": backend_eligible,
-        "forward_plugin": forward,
-    }
-    for name, value in new.items():
-        own = kind.__dict__.get(name)
-        _undo.append(functools.partial(_restore, kind, name, own))
+    for name, value in (("capabilities", capabilities), ("forward_plugin", forward_plugin)):
+        _undo.append(functools.partial(_restore, kind, name, kind.__dict__.get(name)))
         setattr(kind, name, value)
 
 
@@ -393,11 +383,9 @@ def routing_of(config):
 def _take_topk(engine):
     module, plain = engine.topk, (engine.torch.Tensor, engine.torch.nn.Parameter)
 
-    def eligible(
+    def takes(
         self,
-        hidden_states,
         router_logits,
-        *,
         num_token_non_padded=None,
         expert_location_dispatch_info=None,
         dynamic_expert_bias=None,
@@ -422,7 +410,9 @@ def _take_topk(engine):
             and routing_of(config) is not None
         )
 
-    def forward(self, hidden_states, router_logits, **rest):
+    def forward_plugin(self, hidden_states, router_logits, **rest):
+        if engine.torch.compiler.is_compiling() or not takes(self, router_logits, **rest):
+            return self.forward_cuda(hidden_states, router_logits, **rest)
         try:
             with engine.output_context():
                 weights, ids = ops.route(router_logits, routing_of(self.topk_config))
@@ -431,13 +421,15 @@ def _take_topk(engine):
             return self.forward_cuda(hidden_states, router_logits, **rest)
         return engine.standard(weights, ids, self.topk_config, self.layer_id)
 
-    _take_op(engine, module.TopK, eligible, forward)
+    _take_op(engine, module.TopK, forward_plugin)
 
 
 def _take_gate(engine):
     plain = (engine.torch.Tensor, engine.torch.nn.Parameter)
 
     def gate(original, scores, bias, *args, **kwargs):
+        if engine.torch.compiler.is_compiling():
+            return original(scores, bias, *args, **kwargs)
         takes = (
             not _out_of_reach(engine)
             and type(scores) in plain
