@@ -147,6 +147,16 @@ def test_door_and_plug_in_import_nothing_of_sglang():
     subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=60)
 
 
+@pytest.mark.gpu
+def test_plug_in_knows_a_hopper_gpu(gpu):
+    from fusedmoe.frameworks import sglang_plugin
+
+    torch = gpu.torch
+    hopper = torch.cuda.get_device_capability(0)[0] == 9
+    assert sglang_plugin.on_hopper(torch.empty(1, device="cuda:0")) == hopper
+    assert not sglang_plugin.on_hopper(torch.empty(1))
+
+
 # -------------------------------------------------------------------------------------------------
 # The layer, on the grid of test/registered/moe/test_fused_moe.py and test_triton_fused_moe.py
 # -------------------------------------------------------------------------------------------------
