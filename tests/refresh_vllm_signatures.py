@@ -100,7 +100,15 @@ def triton_activations(tree):
     raise SystemExit("activation.py has no _APPLY_MOE_ACTIVATIONS")
 
 
+def lines(value, depth):
+    """JSON with a line for each entry down to `depth`."""
+    if depth == 0 or not isinstance(value, dict) or not value:
+        return json.dumps(value)
+    entries = [f"{json.dumps(key)}: {lines(item, depth - 1)}" for key, item in value.items()]
+    return "{\n" + ",\n".join(entries) + "\n}"
+
+
 if __name__ == "__main__":
     RECORD.parent.mkdir(exist_ok=True)
-    RECORD.write_text(json.dumps(record(*sys.argv[1:]), indent=1) + "\n", encoding="utf-8")
+    RECORD.write_text(lines(record(*sys.argv[1:]), 4) + "\n", encoding="utf-8")
     print(f"wrote {RECORD}")
