@@ -13,11 +13,65 @@ the package.
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
 
 # Root package of a tensor's type -> module here.
 _MODULES = {"numpy": "numpy", "torch": "torch", "cupy": "cupy", "jax": "jax", "jaxlib": "jax"}
+CUPY = ("cupy", "cupy-cuda13x", "cupy-cuda12x")
 _found: dict[type, object] = {}
+
+
+# The doors, in the order of docs/integrations.md: files here.
+DOORS = (
+    "numpy",
+    "torch",
+    "jax",
+    "cupy",
+    "transformers",
+    "checkpoints",
+    "hpc_ops",
+    "sglang",
+    "vllm",
+)
+# What has to be installed before a door's file can be imported, where that imports it at once.
+_IMPORTS = {"torch": ("torch",), "jax": ("jax",), "cupy": CUPY}
+
+
+def installed(*distributions):
+    """The version of the first of these distributions that is installed, else None. Imports
+    nothing."""
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def doors():
+    """Every door as (name, version, usable, why): the version of its package that was found or
+    None, whether it can be used here, and if not, why, in a sentence.
+
+    A door says this itself, in `status()` of its file. Files of tensor frameworks import their
+    framework, so this takes seconds where many are installed.
+    """
+    rows = []
+    for name in DOORS:
+        needs = _IMPORTS.get(name)
+        version = installed(*needs) if needs else None
+        if needs and version is None:
+            rows.append((name, None, False, f"{needs[0]} is not installed"))
+            continue
+        try:
+            module = import_module(f"{__name__}.{name}")
+            if hasattr(module, "status"):
+                version, why = module.status()
+            else:
+                why = None
+        except Exception as error:  # a broken framework is a finding, not the end of a report
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        rows.append((name, version, why is None, why))
+    return rows
 
 
 def framework_of(prototype):
