@@ -47,6 +47,7 @@ _PARTS = {
     "down_proj_bias": "down_bias",
 }
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _PLAIN = "weights in bfloat16, float16 or float32"
 _QUANTISED = re.compile(r"_blocks$|_scales?$|scale_inv$|qweight$|qzeros$|_packed$|zero_point$")
 
@@ -134,9 +135,10 @@ def load_experts(
         raise ValueError(f"w13_order: expected 'gate_up' or 'interleaved', got {w13_order!r}")
     files = _files(Path(path))
     parts = _parts(files, layer, prefix, path)
+    config = _config(Path(path))
     with _Reader(files, framework, device) as reader:
-        layout = _layout(parts, reader, layer)
-        order = w13_order or _order(layout, Path(path))
+        layout = _layout(parts, reader, layer, config)
+        order = w13_order or _order(layout, config)
         return _read(
             parts, reader, layout, order, dtype, (tp_rank, tp_size, ep_rank, ep_size), progress
         )
@@ -194,10 +196,8 @@ def _parts(files, layer, prefix, path):
         if int(match["layer"]) == layer:
             found.setdefault(match["prefix"], []).append((match, name))
     if not found:
-        what = (
-            f"there are experts in layers {_ranges(layers)}" if layers else "no layer has experts"
-        )
-        raise ValueError(f"layer: expected one with experts, got {layer}; {what} of {path}")
+        there = f"there are some in layers {_ranges(layers)}" if layers else "there are none"
+        raise ValueError(f"layer: expected one with experts, got {layer}; {there} of {path}")
     if len(found) > 1:
         raise ValueError(
             f"prefix: expected the start of one of {', '.join(sorted(found))}, got {prefix!r}"
@@ -237,15 +237,9 @@ class _Layout(NamedTuple):
     dtype: str
 
 
-def _layout(parts, reader, layer):
+def _layout(parts, reader, layer, config):
     """What is there, from names and shapes; raises for what is not."""
-    both = [part for part in ("gate_up", "up") if part in parts]
-    first = "gate_up" if both[:1] == ["gate_up"] else "up"
-    if len(both) > 1:
-        raise ValueError(
-            f"layer {layer}: expected gate_up_proj or up_proj, got {_one(parts['gate_up'])} and "
-            f"{_one(parts['up'])}"
-        )
+    first = "gate_up" if "gate_up" in parts else "up"
     for part in (first, "down"):
         if part not in parts:
             raise ValueError(
@@ -260,7 +254,9 @@ def _layout(parts, reader, layer):
     wanted += [bias[part] for part in wanted] if biased else []
     num_experts = 0
     if not fused:
-        num_experts = 1 + max(e for part in wanted for e in parts.get(part, {}) if e is not None)
+        there = [e for part in wanted for e in parts.get(part, {}) if e is not None]
+        said = [config[name] for name in _NUM_EXPERTS if isinstance(config.get(name), int)]
+        num_experts = max([1 + max(there), *said[:1]])
     experts = [None] if fused else range(num_experts)
     missing = [(part, e) for part in wanted for e in experts if e not in parts.get(part, {})]
     if missing:
@@ -322,14 +318,20 @@ def _shape(layout, part):
     return (layout.num_experts, *shape) if layout.fused else shape
 
 
-def _order(layout, path):
+def _config(path):
+    """The fields of config.json beside the files, those of the language model last; {} without."""
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if not file.exists():
+        return {}
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    return {**fields, **(fields.get("text_config") or {})}
+
+
+def _order(layout, config):
     if not layout.fused or not layout.gated:
         return "gate_up"
-    config = (path if path.is_dir() else path.parent) / "config.json"
-    if config.exists():
-        fields = json.loads(config.read_text(encoding="utf-8"))
-        kinds = {fields.get("model_type"), (fields.get("text_config") or {}).get("model_type")}
-        return "interleaved" if "gpt_oss" in kinds else "gate_up"
+    if "model_type" in config:
+        return "interleaved" if config["model_type"] == "gpt_oss" else "gate_up"
     return "interleaved" if layout.biased else "gate_up"
 
 
