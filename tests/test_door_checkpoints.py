@@ -380,7 +380,7 @@ def test_prefix(tmp_path):
 
 
 def test_without_safetensors(monkeypatch, checkpoint):
-    monkeypatch.setattr(checkpoints, "installed", lambda *names: None)
+    monkeypatch.setattr(checkpoints, "installed", lambda name: (None, f"{name} is not installed"))
     assert checkpoints.status() == (None, "safetensors is not installed")
     with pytest.raises(ImportError, match="safetensors is not installed"):
         load_experts(checkpoint, 0)

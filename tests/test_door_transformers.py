@@ -3,9 +3,11 @@
 import copy
 import pickle
 import warnings
+from importlib import metadata
 
 import pytest
 from fusedmoe import fused_experts
+from fusedmoe.frameworks import versions
 from support import have
 
 if not (have("torch") and have("transformers")):
@@ -227,11 +229,20 @@ class TestRegister:
 
     @pytest.mark.parametrize(
         "found, words",
-        [({}, "is not installed"), ({"transformers": "4.57.1"}, "expected transformers 5")],
+        [
+            ({}, "transformers is not installed"),
+            ({"transformers": "4.57.1", "torch": "2.13.0"}, "5 or newer is needed"),
+            ({"transformers": "5.23.0"}, "torch is not installed"),
+        ],
     )
     def test_one_sentence(self, monkeypatch, found, words):
-        monkeypatch.setattr(door, "installed", found.get)
-        with pytest.raises(ImportError, match=words):
+        def version(name):
+            if name not in found:
+                raise metadata.PackageNotFoundError
+            return found[name]
+
+        monkeypatch.setattr(versions.metadata, "version", version)
+        with pytest.raises(ImportError, match=f"^fusedmoe for transformers: {words}$"):
             door.register()
 
     def test_an_interface_that_has_moved(self, monkeypatch):

@@ -1,4 +1,5 @@
-"""What the extension asks of the caller's framework where the exchange table does not answer.
+"""The doors, a file for each; and what the extension asks of the caller's framework where the
+exchange table does not answer.
 
 The extension calls three functions, with a tensor of the user's as `prototype`:
 
@@ -13,62 +14,45 @@ the package.
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
+from importlib.util import find_spec
 
 # Root package of a tensor's type -> module here.
 _MODULES = {"numpy": "numpy", "torch": "torch", "cupy": "cupy", "jax": "jax", "jaxlib": "jax"}
-CUPY = ("cupy", "cupy-cuda13x", "cupy-cuda12x")
 _found: dict[type, object] = {}
 
 
 # The doors, in the order of docs/integrations.md: files here.
 DOORS = (
     "numpy",
+    "cupy",
+    "cuda_core",
     "torch",
     "jax",
-    "cupy",
     "transformers",
     "checkpoints",
-    "hpc_ops",
     "sglang",
     "vllm",
+    "hpc_ops",
 )
-# What has to be installed before a door's file can be imported, where that imports it at once.
-_IMPORTS = {"torch": ("torch",), "jax": ("jax",), "cupy": CUPY}
-
-
-def installed(*distributions):
-    """The version of the first of these distributions that is installed, else None. Imports
-    nothing."""
-    for name in distributions:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def doors():
     """Every door as (name, version, usable, why): the version of its package that was found or
-    None, whether it can be used here, and if not, why, in a sentence.
+    None, whether it can be used here, and if not, why.
 
-    A door says this itself, in `status()` of its file. Files of tensor frameworks import their
-    framework, so this takes seconds where many are installed.
+    A door says this itself, by `status()` in its file: (version or None, why not or None).
     """
     rows = []
     for name in DOORS:
-        needs = _IMPORTS.get(name)
-        version = installed(*needs) if needs else None
-        if needs and version is None:
-            rows.append((name, None, False, f"{needs[0]} is not installed"))
+        if find_spec(f"{__name__}.{name}") is None:
             continue
+        version = why = None
         try:
             module = import_module(f"{__name__}.{name}")
             if hasattr(module, "status"):
                 version, why = module.status()
-            else:
-                why = None
-        except Exception as error:  # a broken framework is a finding, not the end of a report
+        except Exception as error:  # a broken package is a finding, not the end of a report
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"
         rows.append((name, version, why is None, why))
     return rows

@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import installed
+from .versions import installed
 
 TESTED = "safetensors 0.8"
 
@@ -71,8 +71,7 @@ class ExpertWeights(NamedTuple):
 
 def status():
     """(version found or None, why it is not usable or None). Imports nothing."""
-    version = installed("safetensors")
-    return version, None if version else "safetensors is not installed"
+    return installed("safetensors")
 
 
 def load_experts(

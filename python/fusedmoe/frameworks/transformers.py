@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 
-from . import installed
+from .versions import installed
 
 TESTED = "transformers 5.23"
 NAME = "fusedmoe"
@@ -36,14 +36,8 @@ _FORMULAS = (
 
 def status():
     """(version found or None, why it is not usable or None). Imports nothing."""
-    version = installed("transformers")
-    if version is None:
-        return None, "transformers is not installed"
-    if int(version.partition(".")[0]) < 5:
-        return version, f"expected transformers 5 or newer, with its experts interface ({TESTED})"
-    if installed("torch") is None:
-        return version, "torch is not installed"
-    return version, None
+    version, why = installed("transformers", (5,))
+    return version, why or installed("torch")[1]
 
 
 def register(name=NAME):
