@@ -357,8 +357,14 @@ classification) share its experts.
 `fusedmoe.frameworks.transformers.convert_experts(model)`, called once after loading, turns them in
 memory; shapes, names and values stay. Without it the first call raises and says so.
 
+"no": transformers takes the name and runs its own experts; `convert_experts(model)` raises.
+
 """
 TABLE = row("class", "experts", "gate", "compared", "verdict") + "\n" + row(*["---"] * 5)
+
+
+def write(rows):
+    DOCUMENT.write_text(HEAD + "\n".join([TABLE, *rows, *outside()]) + "\n", encoding="utf-8")
 
 
 def main():
@@ -373,8 +379,7 @@ def main():
             text = " ".join(str(error).split())
             rows.append(row(name, "", "", "", f"no: {type(error).__name__}: {text}"))
         print(rows[-1], flush=True)
-    rows += outside()
-    DOCUMENT.write_text(HEAD + "\n".join([TABLE, *rows]) + "\n", encoding="utf-8")
+    write(rows)
 
 
 if __name__ == "__main__":

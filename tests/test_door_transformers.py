@@ -144,6 +144,11 @@ class TestTransposed:
             assert torch.isfinite(model(torch.arange(2, 11)[None]).logits).all()
 
 
+def test_a_model_without_the_interface():
+    with pytest.raises(ValueError, match="experts interface, got none in Linear"):
+        door.convert_experts(torch.nn.Linear(2, 2))
+
+
 class TestGates:
     def gate(self, module, function):
         other = copy.deepcopy(module)

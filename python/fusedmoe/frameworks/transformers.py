@@ -124,10 +124,20 @@ def convert_experts(model):
 
     Returns:
         How many tensors were converted; those that are in order already are left alone.
+
+    Raises:
+        ValueError: no experts in it go through the experts interface, so that transformers would
+            take `experts_implementation="fusedmoe"` and run its own.
     """
+    experts = [module for module in model.modules() if hasattr(module, "is_transposed")]
+    if not experts:
+        raise ValueError(
+            f"model: expected experts that go through transformers' experts interface, got none in "
+            f"{type(model).__name__}"
+        )
     count = 0
-    for module in model.modules():
-        if not getattr(module, "is_transposed", False):
+    for module in experts:
+        if not module.is_transposed:
             continue
         for name in ("gate_up_proj", "up_proj", "down_proj"):
             weight = getattr(module, name, None)
