@@ -120,6 +120,21 @@ def gpt_oss():
     return moe_models.make("gpt_oss", "GptOssForCausalLM")
 
 
+def test_compiled():
+    """Without a graph break, with the same bits; a gradient is refused there, too."""
+    pytest.importorskip("fusedmoe.frameworks.torch_ops")
+    model = moe_models.make("mixtral", "MixtralForCausalLM")
+    door.convert_experts(model)
+    model.set_experts_implementation(door.NAME)
+    ids = torch.arange(2, 11)[None]
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(ids, use_cache=False).logits, model(ids).logits)
+    out = compiled(ids, use_cache=False).logits
+    with pytest.raises(NotImplementedError, match="gradient"):
+        out.sum().backward()
+
+
 class TestTransposed:
     def test_refused(self, gpt_oss):
         model = gpt_oss

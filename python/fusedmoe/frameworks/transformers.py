@@ -94,20 +94,19 @@ def experts_forward(module, hidden_states, top_k_index, top_k_weights):
     if module.is_transposed:
         w13, w2 = _rows(module, w13), _rows(module, w2)
     norm = module.post_expert_norm if module.has_post_expert_norm else None
-    with torch.no_grad():
-        out = fused_experts(
-            hidden_states,
-            w13,
-            w2,
-            top_k_weights,
-            top_k_index,
-            no_combine="unweighted" if norm else False,
-            **biases,
-            **options,
-        )
-        if norm is not None:  # between down and the weights, where the layer has no place for it
-            out = (norm(out) * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
-    if torch.is_grad_enabled():
+    out = fused_experts(
+        hidden_states,
+        w13,
+        w2,
+        top_k_weights,
+        top_k_index,
+        no_combine="unweighted" if norm else False,
+        **biases,
+        **options,
+    )
+    if norm is not None:  # between down and the weights, where the layer has no place for it
+        out = (norm(out) * top_k_weights.unsqueeze(-1)).sum(dim=1).to(hidden_states.dtype)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # there the op says it
         asking = (hidden_states, top_k_weights, w13, w2)
         if any(tensor.requires_grad for tensor in asking):
             out = _without_gradient(out, *asking)
@@ -118,6 +117,7 @@ def convert_experts(model):
     """Once, after loading: gives transposed expert weights ([E, H, 2I] and [E, I, H], as gpt-oss
     has them) the order in memory that the kernels read. Shapes, values and names stay, so that
     everything else, state_dict included, sees what it saw before. One tensor is copied at a time.
+    Gates are looked at, too, which torch.compile(fullgraph=True) could not do at a first call.
 
     Args:
         model: a model of transformers, or any module that has such experts inside.
@@ -127,7 +127,8 @@ def convert_experts(model):
 
     Raises:
         ValueError: no experts in it go through the experts interface, so that transformers would
-            take `experts_implementation="fusedmoe"` and run its own.
+            take `experts_implementation="fusedmoe"` and run its own. NotImplementedError: a gate
+            that is none of the activations here.
     """
     experts = [module for module in model.modules() if hasattr(module, "is_transposed")]
     if not experts:
@@ -137,6 +138,7 @@ def convert_experts(model):
         )
     count = 0
     for module in experts:
+        module._fusedmoe_options = experts_options(module)
         if not module.is_transposed:
             continue
         for name in ("gate_up_proj", "up_proj", "down_proj"):
