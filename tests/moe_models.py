@@ -212,7 +212,7 @@ def make(folder, name):
 
 
 def experts(model):
-    return [module for module in model.modules() if hasattr(module, "is_concatenated")]
+    return [module for module in model.modules() if hasattr(module, "is_transposed")]
 
 
 class Tape:
@@ -316,9 +316,9 @@ def examine(folder, name):
         if options[key] is not None:
             notes.append(f"{word} {options[key]:g}")
     notes += [options["w13_order"]] if options["w13_order"] != "gate_up" else []
-    notes += ["not gated"] if not first.has_gate else []
+    notes += ["not gated"] if not options["gated"] else []
     notes += ["biases"] if first.has_bias else []
-    notes += ["norm after down"] if first.has_post_expert_norm else []
+    notes += ["norm after down"] if getattr(first, "has_post_expert_norm", False) else []
     proof = "logits, 32 tokens" if generates else "logits"
     verdict = "after `convert_experts`" if converted else "works"
     return row(name, type(first).__name__, ", ".join(notes), proof, verdict)

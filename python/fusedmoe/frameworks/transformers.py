@@ -14,7 +14,8 @@ import itertools
 
 from .versions import installed
 
-TESTED = "transformers 5.23"
+TESTED = "transformers 5.10 to 5.24"
+OLDEST = (5, 10)  # older ones take no names of experts implementations but their own
 NAME = "fusedmoe"
 
 # Attributes, of an experts module or of its config, that hold the numbers of its activation.
@@ -36,7 +37,7 @@ _FORMULAS = (
 
 def status():
     """(version found or None, why it is not usable or None). Imports nothing."""
-    version, why = installed("transformers", (5,))
+    version, why = installed("transformers", OLDEST)
     return version, why or installed("torch")[1]
 
 
@@ -85,15 +86,16 @@ def experts_forward(module, hidden_states, top_k_index, top_k_weights):
         options = module._fusedmoe_options
     except AttributeError:
         options = module._fusedmoe_options = experts_options(module)
-    w13 = module.gate_up_proj if module.has_gate else module.up_proj
+    gated = options["gated"]
+    w13 = module.gate_up_proj if gated else module.up_proj
     w2 = module.down_proj
     biases = {}
     if module.has_bias:
-        w13_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
+        w13_bias = module.gate_up_proj_bias if gated else module.up_proj_bias
         biases = {"w13_bias": w13_bias, "w2_bias": module.down_proj_bias}
     if module.is_transposed:
         w13, w2 = _rows(module, w13), _rows(module, w2)
-    norm = module.post_expert_norm if module.has_post_expert_norm else None
+    norm = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
     out = fused_experts(
         hidden_states,
         w13,
@@ -164,29 +166,23 @@ def experts_options(module):
 
     from .. import reference
 
+    gated = getattr(module, "has_gate", True)
     alphas, limits = _numbers(module, _ALPHAS), _numbers(module, _LIMITS)
     edge = 1.5 * max([8.0, *limits])
     line = np.concatenate([np.linspace(-edge, edge, 61), np.linspace(-3, 3, 31)])
     gate, up = (axis.ravel() for axis in np.meshgrid(line, line[::5] + 0.1))
-    function = module._apply_gate if module.has_gate else module.act_fn
-    orders = ("gate_up", "interleaved", "up_gate") if module.has_gate else ("gate_up",)
-    for order in orders:
-        probe = _joined(gate, up, order) if module.has_gate else gate
-        with torch.no_grad(), torch.device("cpu"):
-            got = function(torch.from_numpy(probe)[None])[0].double().numpy()
+    function = module._apply_gate if gated else module.act_fn
+    for order in ("gate_up", "interleaved", "up_gate") if gated else ("gate_up",):
+        probe = torch.from_numpy(_joined(gate, up, order) if gated else gate)[None]
+        with torch.no_grad():
+            got = function(probe.to(module.down_proj.device))[0].double().cpu().numpy()
         for activation, clamp, has_alpha, has_limit in _FORMULAS:
             choices = itertools.product(
                 alphas if has_alpha else [None], limits if has_limit else [None]
             )
             for alpha, limit in choices:
-                want = reference.activate(
-                    gate,
-                    up if module.has_gate else None,
-                    activation=activation,
-                    alpha=alpha,
-                    limit=limit,
-                    clamp=clamp,
-                )
+                options = {"activation": activation, "alpha": alpha, "limit": limit, "clamp": clamp}
+                want = reference.activate(gate, up if gated else None, **options)
                 # Some gates compute in float32, whatever comes in; formulas differ by far more.
                 if np.allclose(got, want, rtol=1e-5, atol=1e-5):
                     return {
@@ -194,7 +190,7 @@ def experts_options(module):
                         "activation_alpha": alpha,
                         "activation_limit": limit,
                         "clamp": clamp,
-                        "gated": module.has_gate,
+                        "gated": gated,
                         "w13_order": order,
                     }
     raise NotImplementedError(
