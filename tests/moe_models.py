@@ -246,8 +246,8 @@ def run(model, inputs, tape, implementation="eager"):
     model.set_experts_implementation(implementation)
     tape.position = 0 if tape.calls else None
     hooks = [module.register_forward_pre_hook(tape.hook) for module in experts(model)]
-    dtype = model.dtype
-    inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}
+    device, dtype = model.device, model.dtype
+    inputs = {k: v.to(device, dtype if v.is_floating_point() else None) for k, v in inputs.items()}
     try:
         with torch.no_grad():
             out = model(**inputs)
@@ -265,7 +265,7 @@ def nothing(module, hidden_states, top_k_index, top_k_weights):
     return torch.zeros_like(hidden_states)
 
 
-def check(model, dtype):
+def check(model, dtype, device="cpu"):
     """Our logits are as near to the model in float64 as eager's are: its rounding, in every layer
     and not only in the experts, is the unit, and we round the experts less often."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -274,7 +274,7 @@ def check(model, dtype):
     inputs = {"input_ids": torch.randint(2, 90, (2, 11), generator=generator)}
     if type(model).__name__ == "Qwen3OmniMoeTalkerModel":  # codes and text, added up by its caller
         inputs = {"inputs_embeds": torch.randn(2, 11, 64, generator=generator)}
-    model = cast(model, dtype)
+    model = cast(model, dtype).to(device)
     tape = Tape()
     eager = run(model, inputs, tape)
     ours = run(model, inputs, tape, door.NAME)

@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 from fusedmoe import fused_experts
 from fusedmoe.frameworks import versions
-from support import have
+from support import have, no_gpu
 
 if not (have("torch") and have("transformers")):
     pytest.skip("torch and transformers are not both installed", allow_module_level=True)
@@ -118,6 +118,25 @@ def test_a_gradient_is_refused(layer):
 @pytest.fixture
 def gpt_oss():
     return moe_models.make("gpt_oss", "GptOssForCausalLM")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "folder, name",
+    [
+        ("mixtral", "MixtralForCausalLM"),
+        ("gpt_oss", "GptOssForCausalLM"),
+        ("muse_spark", "MuseSparkForConditionalGeneration"),
+        ("nemotron_h", "NemotronHForCausalLM"),
+    ],
+)
+def test_on_the_gpu(folder, name, dtype):
+    if no_gpu():
+        pytest.skip(no_gpu())
+    model = moe_models.make(folder, name)
+    door.convert_experts(model)
+    moe_models.check(model, dtype, "cuda")
 
 
 def test_compiled():
