@@ -114,6 +114,7 @@ def load_experts(
 
     Raises:
         ImportError: safetensors or the framework is not installed. FileNotFoundError: no such file.
+        TypeError: a rank or size that is no int.
         ValueError: no experts in that layer, a tensor that is missing, there twice or of another
             shape than the first, a size that the ranks do not divide. NotImplementedError:
             quantised weights.
@@ -128,6 +129,8 @@ def load_experts(
     if dtype not in (None, *_DTYPES.values()):
         raise ValueError(f"dtype: expected one of {', '.join(_DTYPES.values())}, got {dtype!r}")
     for name, rank, size in (("tp", tp_rank, tp_size), ("ep", ep_rank, ep_size)):
+        if not (isinstance(rank, int) and isinstance(size, int)):
+            raise TypeError(f"{name}_rank, {name}_size: expected ints, got {rank!r} and {size!r}")
         if not 0 <= rank < size:
             raise ValueError(f"{name}_rank: expected 0 .. {name}_size - 1, got {rank} of {size}")
     if w13_order not in (None, "gate_up", "interleaved"):
@@ -236,8 +239,9 @@ class _Layout(NamedTuple):
     dtype: str
 
 
-def _layout(parts, reader, layer, config):
-    """What is there, from names and shapes; raises for what is not."""
+def _complete(parts, layer, config):
+    """(fused, gated, biased, names of the parts); raises for a tensor that is missing or too much.
+    Only names are looked at."""
     first = "gate_up" if "gate_up" in parts else "up"
     for part in (first, "down"):
         if part not in parts:
@@ -248,20 +252,18 @@ def _layout(parts, reader, layer, config):
     fused = None in parts[first]
     gated = first == "gate_up" or "gate" in parts
     wanted = [first, "down"] + (["gate"] if "gate" in parts else [])
-    bias = {"gate": "gate_bias", "up": "up_bias", "gate_up": "gate_up_bias", "down": "down_bias"}
-    biased = any(bias[part] in parts for part in wanted)
-    wanted += [bias[part] for part in wanted] if biased else []
-    num_experts = 0
+    biased = any(f"{part}_bias" in parts for part in wanted)
+    wanted += [f"{part}_bias" for part in wanted] if biased else []
+    experts, who = [None], "all experts"
     if not fused:
         there = [e for part in wanted for e in parts.get(part, {}) if e is not None]
         said = [config[name] for name in _NUM_EXPERTS if isinstance(config.get(name), int)]
-        num_experts = max([1 + max(there), *said[:1]])
-    experts = [None] if fused else range(num_experts)
+        experts = range(max([1 + max(there), *said[:1]]))
+        who = f"experts 0 to {len(experts) - 1}"
     missing = [(part, e) for part in wanted for e in experts if e not in parts.get(part, {})]
     if missing:
         names = ", ".join(part if e is None else f"{part} of expert {e}" for part, e in missing[:4])
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
-        who = "all experts" if fused else f"experts 0 to {num_experts - 1}"
         raise ValueError(
             f"layer {layer}: expected {', '.join(wanted)} of {who}, missing: {names}{more}"
         )
@@ -269,30 +271,32 @@ def _layout(parts, reader, layer, config):
     extra += [parts[part][e] for part in wanted for e in parts[part] if e not in experts]
     if extra:
         raise ValueError(f"layer {layer}: expected experts in one naming, got {extra[0]} besides")
+    return fused, gated, biased, wanted
 
-    shape, dtype = reader.about(_one(parts["down"]))
+
+def _layout(parts, reader, layer, config):
+    """What is there, from names and shapes. All tensors have to agree with that of the first down
+    projection; of tensors for all experts, it and gate_up together say which way they lie."""
+    fused, gated, biased, wanted = _complete(parts, layer, config)
+    down = _one(parts["down"])
+    shape, dtype = reader.about(down)
     if dtype not in _DTYPES:
-        raise NotImplementedError(f"{_one(parts['down'])}: expected {_PLAIN}, got {dtype}")
-    transposed = False
+        raise NotImplementedError(f"{down}: expected {_PLAIN}, got {dtype}")
+    if len(shape) != (3 if fused else 2):
+        raise ValueError(f"{down}: expected {3 if fused else 2} dimensions, got {list(shape)}")
+    hidden_size, size = shape[-2:]
+    transposed, num_experts = False, shape[0] if fused else len(parts["down"])
     if fused:
-        up_shape, _ = reader.about(_one(parts[first]))
-        times = 2 if gated else 1
-        if len(shape) != 3:
-            raise ValueError(f"{_one(parts['down'])}: expected three dimensions, got {list(shape)}")
-        num_experts, hidden_size, size = shape
-        if tuple(up_shape) != (num_experts, times * size, hidden_size):
+        times, name = 2 if gated else 1, _one(parts[wanted[0]])
+        got, _ = reader.about(name)
+        if got != (num_experts, times * size, hidden_size):
             transposed = True
-            num_experts, size, hidden_size = shape
-        want = (num_experts, times * size, hidden_size)
-        if tuple(up_shape) not in (want, (num_experts, hidden_size, times * size)):
-            raise ValueError(
-                f"{_one(parts[first])}: expected a shape that goes with {list(shape)} of "
-                f"{_one(parts['down'])}, got {list(up_shape)}"
-            )
-    else:
-        if len(shape) != 2:
-            raise ValueError(f"{_one(parts['down'])}: expected two dimensions, got {list(shape)}")
-        hidden_size, size = shape
+            size, hidden_size = shape[1:]
+            if got != (num_experts, hidden_size, times * size):
+                raise ValueError(
+                    f"{name}: expected a shape that goes with {list(shape)} of {down}, "
+                    f"got {list(got)}"
+                )
     layout = _Layout(
         fused, transposed, gated, biased, num_experts, size, hidden_size, _DTYPES[dtype]
     )
@@ -300,7 +304,7 @@ def _layout(parts, reader, layer, config):
         want = _shape(layout, part)
         for name in parts[part].values():
             shape, got = reader.about(name)
-            if tuple(shape) != want or (got != dtype and not part.endswith("bias")):
+            if shape != want or (got != dtype and not part.endswith("bias")):
                 raise ValueError(f"{name}: expected {dtype} {list(want)}, got {got} {list(shape)}")
     return layout
 
