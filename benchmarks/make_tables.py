@@ -3,6 +3,8 @@
     python benchmarks/make_tables.py            rewrites README.md
     python benchmarks/make_tables.py --check    exit 1 where README.md is not what the records give
 
+The records are those of benchmarks/results, and docs/compatibility.json for the doors.
+
 A marker is a line `<!-- table: NAME -->`; its table ends at `<!-- end of table -->`.
 """
 
@@ -64,7 +66,30 @@ def host():
     return markdown(rows) + source(document, about)
 
 
-TABLES = {"portable": portable, "cpu": cpu, "host": host}
+def of_transformers():
+    """How many rows of docs/transformers.md say yes."""
+    text = (HERE.parent / "docs" / "transformers.md").read_text(encoding="utf-8")
+    verdicts = re.findall(r"^\| .* \| (\S[^|]*) \|$", text, re.MULTILINE)[2:]  # less the head
+    no = sum(verdict.startswith("no:") for verdict in verdicts)
+    return f"{len(verdicts) - no} of {len(verdicts)} models"
+
+
+def doors():
+    """The doors to frameworks: what each offers, the versions and the tests that hold it."""
+    document = json.loads((HERE.parent / "docs" / "compatibility.json").read_text(encoding="utf-8"))
+    rows = [["door", "offers", "tested with", "proven by", "on a GPU"]]
+    for door in document["doors"]:
+        anchor = door["heading"].lower().replace(".", "").replace(" ", "-")
+        proof = ", ".join(f"[{Path(test).stem}]({test})" for test in door["proof"])
+        link = f"[{door['heading']}](docs/integrations.md#{anchor})"
+        what = door["what"]
+        if door["door"] == "transformers":
+            what += f" ([{of_transformers()}](docs/transformers.md))"
+        rows.append([link, what, door["tested"], proof, door["gpu"] or "-"])
+    return markdown(rows, left=True)
+
+
+TABLES = {"portable": portable, "cpu": cpu, "host": host, "doors": doors}
 
 
 def load(name, wanted):
@@ -77,11 +102,11 @@ def load(name, wanted):
     return document, records
 
 
-def markdown(rows):
+def markdown(rows, left=False):
     if len(rows) == 1:
         return "Not measured yet.\n"
     head = "| " + " | ".join(rows[0]) + " |"
-    rule = "| --- |" + " ---: |" * (len(rows[0]) - 1)
+    rule = "| --- |" + (" --- |" if left else " ---: |") * (len(rows[0]) - 1)
     return "\n".join([head, rule] + ["| " + " | ".join(row) + " |" for row in rows[1:]]) + "\n"
 
 

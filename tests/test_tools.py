@@ -142,6 +142,19 @@ def test_info(capsys):
     assert cli.main(["info"]) == 0
     text = capsys.readouterr().out
     assert fusedmoe.__version__ in text and "numpy" in text and "FUSEDMOE_NUM_THREADS" in text
+    assert re.search(r"^  hpc_ops +- +usable$", text, re.MULTILINE)
+
+
+def test_doors_of_packages_that_are_broken_or_missing(monkeypatch):
+    def broken():
+        raise OSError("two\nlines")
+
+    monkeypatch.setattr("fusedmoe.frameworks.hpc_ops.status", broken)
+    monkeypatch.setattr("fusedmoe.frameworks.checkpoints.status", lambda: (None, "not there"))
+    rows = {name: rest for name, *rest in frameworks.doors()}
+    assert rows["hpc_ops"] == [None, False, "OSError: two lines"]
+    assert rows["checkpoints"] == [None, False, "not there"]
+    assert rows["numpy"][1] and list(rows) == [n for n in frameworks.DOORS if n in rows]
 
 
 def test_check_on_the_cpu(capsys):

@@ -36,8 +36,10 @@ def info():
     Returns:
         dict: version, python, platform; what the extension says of itself (cpu, cuda_built, driver,
         devices, kernels); driver_needed; frameworks {name: version, or None where not installed};
-        environment {variable: value}, those that are set.
+        doors [{name, version, usable, why}]; environment {variable: value}, those that are set.
     """
+    from .frameworks import doors
+
     native = {key: value for key, value in _C.info().items() if key != "version"}
     return {
         "version": __version__,
@@ -46,6 +48,9 @@ def info():
         **native,
         "driver_needed": _driver_needed(native["cuda_version"]) if native["cuda_built"] else None,
         "frameworks": {name: _installed(names) for name, (names, _) in _FRAMEWORKS.items()},
+        "doors": [
+            dict(zip(("name", "version", "usable", "why"), row, strict=True)) for row in doors()
+        ],
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
 
@@ -201,6 +206,11 @@ def print_info(stream=None):
             print(key, file=stream)
             for name, item in value.items():
                 print(f"  {name:<26} {item}", file=stream)
+        elif key == "doors":
+            print(key, file=stream)
+            for door in value:
+                state = "usable" if door["usable"] else f"not usable: {door['why']}"
+                print(f"  {door['name']:<14} {door['version'] or '-':<12} {state}", file=stream)
         elif key == "kernels":
             print(f"{key:<13} {len(value)} GEMM variants", file=stream)
         elif isinstance(value, list):

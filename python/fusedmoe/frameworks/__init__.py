@@ -1,4 +1,5 @@
-"""What the extension asks of the caller's framework where the exchange table does not answer.
+"""The doors, a file for each; and what the extension asks of the caller's framework where the
+exchange table does not answer.
 
 The extension calls three functions, with a tensor of the user's as `prototype`:
 
@@ -14,10 +15,47 @@ the package.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 
 # Root package of a tensor's type -> module here.
 _MODULES = {"numpy": "numpy", "torch": "torch", "cupy": "cupy", "jax": "jax", "jaxlib": "jax"}
 _found: dict[type, object] = {}
+
+
+# The doors, in the order of docs/integrations.md: files here.
+DOORS = (
+    "numpy",
+    "cupy",
+    "cuda_core",
+    "torch",
+    "jax",
+    "transformers",
+    "checkpoints",
+    "sglang",
+    "vllm",
+    "hpc_ops",
+)
+
+
+def doors():
+    """Every door as (name, version, usable, why): the version of its package that was found or
+    None, whether it can be used here, and if not, why.
+
+    A door says this itself, by `status()` in its file: (version or None, why not or None).
+    """
+    rows = []
+    for name in DOORS:
+        if find_spec(f"{__name__}.{name}") is None:
+            continue
+        version = why = None
+        try:
+            module = import_module(f"{__name__}.{name}")
+            if hasattr(module, "status"):
+                version, why = module.status()
+        except Exception as error:  # a broken package is a finding, not the end of a report
+            why = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        rows.append((name, version, why is None, why))
+    return rows
 
 
 def framework_of(prototype):
