@@ -358,9 +358,18 @@ struct down_decode {
         duplicates = state.duplicates;
     }
 
+    // Past L1, as the ids: this is read before the wait, and what was here at the last call may still be in L1.
     __device__ __forceinline__ float slot_weight(int32_t slot) const
     {
-        return args.stage.topk_weights ? weight_of(slot, args.stage) : 1.0f;
+        const moe_down_args &stage = args.stage;
+        if (!stage.topk_weights) return 1.0f;
+        int32_t token = slot / stage.topk;
+        int64_t at = token * stage.weights_stride + (slot - token * stage.topk);
+        if (stage.weights_dtype == MOE_F32)
+            return __ldcg(static_cast<const float *>(stage.topk_weights) + at);
+        unsigned short bits = __ldcg(static_cast<const unsigned short *>(stage.topk_weights) + at);
+        return stage.weights_dtype == MOE_BF16 ? __uint_as_float(uint32_t{bits} << 16)
+                                               : __half2float(__ushort_as_half(bits));
     }
 
     __device__ __forceinline__ void run()
