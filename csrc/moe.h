@@ -175,8 +175,9 @@ typedef struct moe_gemm_plan {
     int32_t grid_cols; /* column tiles: grid.x; grid.y is max_tiles */
     int32_t threads;
     int32_t smem_bytes;
-    int32_t max_blocks;      /* that walk over the tiles; 0: a thread block for each */
-    double bytes, flops, us; /* expected */
+    int32_t max_blocks;            /* that walk over the tiles; 0: a thread block for each */
+    int32_t weight_box, token_box; /* rows that a tensor copy brings; 0: none */
+    double bytes, flops, us;       /* expected */
 } moe_gemm_plan;
 
 /* One plan, made once. Stages take it and decide nothing again. */

@@ -14,7 +14,7 @@
 typedef struct variant {
     const char *name;
     int32_t arch, stage, act_dtype, weight_dtype;
-    int32_t rows, cols, k, stages, warps_n, threads, smem_bytes, align_bytes;
+    int32_t rows, cols, k, stages, warps_n, threads, smem_bytes, align_bytes, weight_box, token_box;
 } variant;
 
 enum { ARCH_sm80 = 80, ARCH_sm90a = 90 };
@@ -37,7 +37,9 @@ static const variant VARIANTS[] = {
      wn,                                                                                           \
      MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_##arch,                                \
      MOE_GEMM_SMEM_BYTES(rows, cols, k, stages),                                                   \
-     align},
+     align,                                                                                        \
+     MOE_GEMM_WEIGHT_BOX_##arch(cols),                                                             \
+     MOE_GEMM_TOKEN_BOX_##arch(rows)},
 #include "../kernels/gemm_variants.def"
 #undef MOE_GEMM_VARIANT
 };
@@ -215,6 +217,8 @@ static void fill_gemm(moe_gemm_plan *g, int32_t row, const gemm_shape *s, int32_
     g->threads = v->threads;
     g->smem_bytes = v->smem_bytes;
     g->max_blocks = v->arch == ARCH_sm90a ? num_sms : 0;
+    g->weight_box = v->weight_box;
+    g->token_box = v->token_box;
     g->us = us;
 }
 

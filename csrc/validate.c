@@ -10,8 +10,9 @@
 #include <stdio.h>
 #include <string.h>
 
-#define MAX_EXTENT ((int64_t)1 << 30) /* hidden_size, intermediate_size: 2 * I still fits 32 bits */
-#define MAX_SLOTS  (((int64_t)1 << 31) - 1)
+#define MAX_MAP_STRIDE ((int64_t)1 << 39) /* bytes; twice that is what a tensor map can have */
+#define MAX_EXTENT     ((int64_t)1 << 30) /* hidden_size, intermediate_size: 2 * I still fits 32 bits */
+#define MAX_SLOTS      (((int64_t)1 << 31) - 1)
 
 enum { TEXT = 160 };
 
@@ -188,14 +189,17 @@ static int check_slots(const char *name, int64_t num_tokens, int64_t topk, moe_e
     return MOE_OK;
 }
 
-/* 16 where every row starts on 16 bytes and holds whole 16-byte pieces, else the element's size */
+/* 16 where every row starts on 16 bytes and holds whole 16-byte pieces, and strides are such as tensor maps have,
+ * else the element's size */
 static int32_t vector_bytes(const moe_tensor *t, int32_t so_far)
 {
     if (!tensor_present(t) || t->span_bytes == 0) return so_far;
     int64_t bytes = moe_dtype_bytes(t->dtype), last = t->ndim - 1;
     bool aligned = (uintptr_t)t->data % 16 == 0 && t->shape[last] * bytes % 16 == 0;
     for (int i = 0; i < last; ++i)
-        aligned = aligned && (t->shape[i] <= 1 || t->stride[i] * bytes % 16 == 0);
+        aligned =
+            aligned && (t->shape[i] <= 1 || (t->stride[i] * bytes % 16 == 0 && t->stride[i] > 0 &&
+                                             t->stride[i] < MAX_MAP_STRIDE / bytes));
     return aligned ? so_far : (int32_t)bytes;
 }
 

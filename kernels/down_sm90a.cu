@@ -39,19 +39,26 @@ struct down_problem {
 };
 
 template <class Gemm>
-static __device__ __forceinline__ void down(const moe_down_args &args)
+static __device__ __forceinline__ void down(const moe_down_args &args, const tensor_map &weights,
+                                            const tensor_map &tokens)
 {
     extern __shared__ __align__(1024) unsigned char dynamic_shared[];
     typename Gemm::shared &smem = *reinterpret_cast<typename Gemm::shared *>(dynamic_shared);
+    if (threadIdx.x == 0) {
+        tensor_map_prefetch(&weights);
+        tensor_map_prefetch(&tokens);
+    }
     Gemm::run(smem, down_problem<typename Gemm::T>{args, args.hidden_size, args.intermediate_size});
 }
 
 #define MOE_KERNEL_sm90a_down(name, type, rows, cols, k, stages, wm, wn, wk)                       \
     extern "C" __global__ void __launch_bounds__(                                                  \
         MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_sm90a, 1)                           \
-        name(const __grid_constant__ moe_down_args args)                                           \
+        name(const __grid_constant__ moe_down_args args,                                           \
+             const __grid_constant__ tensor_map weights,                                           \
+             const __grid_constant__ tensor_map tokens)                                            \
     {                                                                                              \
-        down<gemm_wgmma<type, rows, cols, k, stages>>(args);                                       \
+        down<gemm_wgmma<type, rows, cols, k, stages>>(args, weights, tokens);                      \
     }
 #define MOE_KERNEL_sm90a_gate_up(...)
 #define MOE_KERNEL_sm80_gate_up(...)

@@ -296,6 +296,14 @@ typedef struct moe_combine_args {
 #define MOE_GEMM_GRID(max_tiles, weight_rows, cols)                                                \
     ((int64_t)(max_tiles) * (((int64_t)(weight_rows) + (cols) - 1) / (cols)))
 
+/* Tensor maps: 64 columns of K, that is 128 bytes, of so many weight rows of one half (gate, up; other weights have
+ * one half) and of so many token rows. */
+#define MOE_MAP_COLS                    64
+#define MOE_GEMM_WEIGHT_BOX_sm80(cols)  0
+#define MOE_GEMM_TOKEN_BOX_sm80(rows)   0
+#define MOE_GEMM_WEIGHT_BOX_sm90a(cols) ((cols) / 2)
+#define MOE_GEMM_TOKEN_BOX_sm90a(rows)  (rows)
+
 /* Thread blocks of the other stages. */
 #define MOE_ALIGN_THREADS     512
 #define MOE_ALIGN_ONE_SLOTS   2048 /* up to here moe_align_one; above: count, scan, place */

@@ -64,6 +64,21 @@ __device__ __forceinline__ void tensor_copy_2d(uint32_t shared, const tensor_map
                  :: "r"(shared), "l"(map), "r"(x), "r"(y), "r"(bar) : "memory");
 }
 
+// The same with a map of four dimensions: the box at (x, y, z, w).
+__device__ __forceinline__ void tensor_copy_4d(uint32_t shared, const tensor_map *map, int32_t x, int32_t y, int32_t z, int32_t w,
+                                               uint32_t bar)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6];"
+                 :: "r"(shared), "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(bar) : "memory");
+}
+
+// prefetch.tensormap, "prefetch / prefetchu": the map itself, which lies in the kernel's parameters. One thread.
+__device__ __forceinline__ void tensor_map_prefetch(const tensor_map *map)
+{
+    asm volatile("prefetch.tensormap [%0];" :: "l"(map) : "memory");
+}
+
 // wgmma.fence, "wgmma.fence": registers and shared memory are in order before the first wgmma. The warpgroup.
 __device__ __forceinline__ void wgmma_fence()
 {

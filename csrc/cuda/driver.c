@@ -239,6 +239,11 @@ static CUresult load_kernel(const moe_driver *driver, CUlibrary library, const m
         /* a stale object: C and this kernel were compiled from different moe_kernels.h */
         if (code == CUDA_SUCCESS && bytes != (size_t)row->param_bytes)
             code = CUDA_ERROR_INVALID_SOURCE;
+        for (int i = 0; i < row->maps && code == CUDA_SUCCESS; ++i) {
+            code = driver->cuKernelGetParamInfo(kernel, (size_t)i + 1, &offset, &bytes);
+            if (code == CUDA_SUCCESS && bytes != sizeof(CUtensorMap))
+                code = CUDA_ERROR_INVALID_SOURCE;
+        }
     }
     return code;
 }

@@ -6,7 +6,7 @@
 
 #include "cuda.h" /* ours */
 
-enum { MOE_MAX_DEVICES = 64, MOE_MAX_KERNELS = 256 };
+enum { MOE_MAX_DEVICES = 64, MOE_MAX_KERNELS = 256, MOE_MAX_MAPS = 2 };
 
 /* Every driver function we call: name, CUDA version whose signature we were compiled against. Resolved by
  * cuGetProcAddress, so that a driver without one is an error with a sentence and not a failed import. */
@@ -76,6 +76,7 @@ typedef struct moe_kernel_row {
     int smem_bytes;     /* dynamic, more than 48 KiB has to be asked for */
     int arch;           /* 80: any from sm_80 on; 90: sm_90a only */
     int param_bytes;    /* of its stage struct, checked against the code's; 0: none */
+    int maps;           /* tensor maps that follow it, 0 .. MOE_MAX_MAPS */
 } moe_kernel_row;
 
 /* CUDA_FORCE_PTX_JIT, as it was at import. */
@@ -94,6 +95,21 @@ int moe_device_open(int device, moe_device **state, moe_error *err);
 int moe_context_enter(const moe_driver *driver, const moe_device *state, int *pushed,
                       moe_error *err);
 void moe_context_leave(const moe_driver *driver, int pushed);
+
+/* What a tensor map is made of: [experts, halves, rows, K], K contiguous. The halves of a gated w13 are its gate
+ * rows and its up rows, whatever the order in memory; other tensors have one. */
+typedef struct moe_tensor_key {
+    uint64_t address; /* 16-byte aligned */
+    uint64_t dims[4]; /* K, rows, halves, experts */
+    uint64_t
+        strides[3];    /* bytes, multiples of 16: from row to row, half to half, expert to expert */
+    uint32_t dtype;    /* MOE_BF16, MOE_F16 */
+    uint32_t box_rows; /* a copy brings MOE_MAP_COLS of K of so many rows of one half */
+} moe_tensor_key;
+
+/* The map of key, 128-byte swizzle, zeros outside of the dimensions. Any thread; key without padding bytes. */
+int moe_tensor_map_get(const moe_driver *driver, int device, const moe_tensor_key *key,
+                       CUtensorMap *map, moe_error *err);
 
 /* `what: CUDA_ERROR_NAME (text)`; MOE_ERROR_MEMORY for out of memory, else MOE_ERROR_RUNTIME. */
 int moe_cuda_fail(const moe_driver *driver, CUresult code, const char *what, moe_error *err);

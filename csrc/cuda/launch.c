@@ -27,12 +27,16 @@ enum {
     KERNEL_FIRST_VARIANT /* rows of gemm_variants.def follow */
 };
 
-#define PARAMS_gate_up    moe_gate_up_args
-#define PARAMS_down       moe_down_args
-#define ARCH_sm80         80
-#define ARCH_sm90a        90
-#define FILE_sm80(stage)  stage /* the .cu file that instantiates the row */
-#define FILE_sm90a(stage) stage "_sm90a"
+#define PARAMS_gate_up     moe_gate_up_args
+#define PARAMS_down        moe_down_args
+#define ARCH_sm80          80
+#define ARCH_sm90a         90
+#define MAPS_sm80_gate_up  0 /* tensor maps: of the weights, then of the token rows */
+#define MAPS_sm80_down     0
+#define MAPS_sm90a_gate_up 1
+#define MAPS_sm90a_down    2
+#define FILE_sm80(stage)   stage /* the .cu file that instantiates the row */
+#define FILE_sm90a(stage)  stage "_sm90a"
 
 static const moe_kernel_row KERNELS[] = {
     [KERNEL_ROUTE] = {"moe_route", "route", 0, 80, sizeof(moe_route_softmax_args)},
@@ -51,8 +55,8 @@ static const moe_kernel_row KERNELS[] = {
     [KERNEL_HOPPER_PROBE] = {"moe_hopper_probe", "hopper_probe", 0, 90, 0},
 #define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
                          stages, wm, wn, wk, cluster, align)                                       \
-    {#name, FILE_##arch(#stage), MOE_GEMM_SMEM_BYTES(rows, cols, k, stages), ARCH_##arch,          \
-     sizeof(PARAMS_##stage)},
+    {#name,       FILE_##arch(#stage),    MOE_GEMM_SMEM_BYTES(rows, cols, k, stages),              \
+     ARCH_##arch, sizeof(PARAMS_##stage), MAPS_##arch##_##stage},
 #include "../../kernels/gemm_variants.def"
 #undef MOE_GEMM_VARIANT
 };
@@ -107,8 +111,9 @@ static int synchronise(const moe_driver *driver, CUstream stream, const char *na
     return code == CUDA_SUCCESS ? MOE_OK : moe_cuda_fail(driver, code, what, err);
 }
 
-static int launch(int kernel, const geometry *g, void *args, int device, void *stream,
-                  moe_error *err)
+/* keys: of the maps that the kernel takes, or NULL where it takes none. */
+static int launch_mapped(int kernel, const geometry *g, void *args, const moe_tensor_key *keys,
+                         int device, void *stream, moe_error *err)
 {
     const moe_driver *driver = NULL;
     moe_device *state = NULL;
@@ -136,7 +141,12 @@ static int launch(int kernel, const geometry *g, void *args, int device, void *s
     config.hStream = stream;
     config.attrs = &attribute;
     config.numAttrs = g->dependent && state->kernels[kernel].dependent;
-    void *params[] = {args};
+    CUtensorMap maps[MOE_MAX_MAPS];
+    void *params[1 + MOE_MAX_MAPS] = {args};
+    for (int i = 0; i < KERNELS[kernel].maps; ++i) {
+        if (moe_tensor_map_get(driver, device, &keys[i], &maps[i], err)) return err->status;
+        params[i + 1] = &maps[i];
+    }
     if (moe_context_enter(driver, state, &pushed, err)) return err->status;
     CUresult code = driver->cuLaunchKernelEx(&config, function, params, NULL);
     if (code != CUDA_SUCCESS) {
@@ -148,6 +158,12 @@ static int launch(int kernel, const geometry *g, void *args, int device, void *s
     }
     moe_context_leave(driver, pushed);
     return err->status;
+}
+
+static int launch(int kernel, const geometry *g, void *args, int device, void *stream,
+                  moe_error *err)
+{
+    return launch_mapped(kernel, g, args, NULL, device, stream, err);
 }
 
 static int64_t ceil_div(int64_t a, int64_t b)
@@ -208,12 +224,37 @@ static geometry gemm_geometry(const moe_gemm_plan *gemm, int32_t max_tiles)
     return g;
 }
 
+/* Strides in elements. An expert, half or row that is the only one has no stride to speak of. */
+static moe_tensor_key tensor_key(const void *data, int32_t dtype, int32_t box_rows, int64_t k,
+                                 int64_t rows, int64_t halves, int64_t experts, int64_t row_stride,
+                                 int64_t half_stride, int64_t expert_stride)
+{
+    const uint64_t bytes = (uint64_t)moe_dtype_bytes(dtype);
+    moe_tensor_key key = {
+        .address = (uint64_t)(uintptr_t)data,
+        .dims = {(uint64_t)k, (uint64_t)rows, (uint64_t)halves, (uint64_t)experts},
+        .dtype = (uint32_t)dtype,
+        .box_rows = (uint32_t)box_rows,
+    };
+    key.strides[0] = bytes * (uint64_t)(rows > 1 ? row_stride : k);
+    key.strides[1] = halves > 1 ? bytes * (uint64_t)half_stride : key.strides[0];
+    key.strides[2] = experts > 1 ? bytes * (uint64_t)expert_stride : key.strides[0];
+    return key;
+}
+
 int moe_cuda_gate_up(const moe_plan *plan, const moe_gate_up_args *args, int device, void *stream,
                      moe_error *err)
 {
     moe_gate_up_args a = *args;
     const geometry g = gemm_geometry(&plan->gate_up, plan->max_tiles);
-    return launch(KERNEL_FIRST_VARIANT + plan->gate_up.variant, &g, &a, device, stream, err);
+    const bool interleaved = a.w13_order == MOE_ORDER_INTERLEAVED;
+    const int64_t stride = a.w13_row_stride;
+    const moe_tensor_key weights =
+        tensor_key(a.w13, a.dtype, plan->gate_up.weight_box, a.hidden_size, a.intermediate_size,
+                   a.gated ? 2 : 1, a.num_experts, interleaved ? 2 * stride : stride,
+                   interleaved ? stride : a.intermediate_size * stride, a.w13_expert_stride);
+    return launch_mapped(KERNEL_FIRST_VARIANT + plan->gate_up.variant, &g, &a, &weights, device,
+                         stream, err);
 }
 
 int moe_cuda_down(const moe_plan *plan, const moe_down_args *args, int device, void *stream,
@@ -223,7 +264,13 @@ int moe_cuda_down(const moe_plan *plan, const moe_down_args *args, int device, v
     geometry g = gemm_geometry(&plan->down, plan->max_tiles);
     /* down reads the work list before it waits, which only gate_up in front of it makes safe */
     g.dependent = plan->problem.operation != MOE_OP_DOWN;
-    return launch(KERNEL_FIRST_VARIANT + plan->down.variant, &g, &a, device, stream, err);
+    const moe_tensor_key keys[2] = {
+        tensor_key(a.w2, a.dtype, plan->down.weight_box, a.intermediate_size, a.hidden_size, 1,
+                   a.num_experts, a.w2_row_stride, 0, a.w2_expert_stride),
+        tensor_key(a.intermediate, a.dtype, plan->down.token_box, a.intermediate_size, a.num_slots,
+                   1, 1, a.intermediate_stride, 0, 0)};
+    return launch_mapped(KERNEL_FIRST_VARIANT + plan->down.variant, &g, &a, keys, device, stream,
+                         err);
 }
 
 int moe_cuda_combine(const moe_plan *plan, const moe_combine_args *args, int device, void *stream,
