@@ -143,11 +143,15 @@ static int launch_mapped(int kernel, const geometry *g, void *args, const moe_te
     config.numAttrs = g->dependent && state->kernels[kernel].dependent;
     CUtensorMap maps[MOE_MAX_MAPS];
     void *params[1 + MOE_MAX_MAPS] = {args};
-    for (int i = 0; i < KERNELS[kernel].maps; ++i) {
-        if (moe_tensor_map_get(driver, device, &keys[i], &maps[i], err)) return err->status;
+    if (moe_context_enter(driver, state, &pushed, err)) return err->status;
+    for (int i = 0; i < KERNELS[kernel].maps && !err->status; ++i) {
+        moe_tensor_map_get(driver, device, &keys[i], &maps[i], err);
         params[i + 1] = &maps[i];
     }
-    if (moe_context_enter(driver, state, &pushed, err)) return err->status;
+    if (err->status) {
+        moe_context_leave(driver, pushed);
+        return err->status;
+    }
     CUresult code = driver->cuLaunchKernelEx(&config, function, params, NULL);
     if (code != CUDA_SUCCESS) {
         char what[96];
