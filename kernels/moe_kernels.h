@@ -302,16 +302,17 @@ typedef struct moe_combine_args {
 #define MOE_GEMM_WEIGHT_BOX_sm80(cols)  0
 #define MOE_GEMM_TOKEN_BOX_sm80(rows)   0
 #define MOE_GEMM_WEIGHT_BOX_sm90a(cols) ((cols) / 2)
-#define MOE_GEMM_TOKEN_BOX_sm90a(rows)  (rows)
+#define MOE_GEMM_TOKEN_BOX_sm90a(rows)  64
 
 /* Thread blocks of the other stages. */
-#define MOE_ALIGN_THREADS     512
-#define MOE_ALIGN_ONE_SLOTS   2048 /* up to here moe_align_one; above: count, scan, place */
-#define MOE_ALIGN_BLOCK_SLOTS 512  /* slots per block of count and place, until there are */
-#define MOE_ALIGN_MAX_BLOCKS  64   /* so many blocks: scan walks over all of them */
-#define MOE_ROUTE_THREADS     128  /* one warp per token: ceil(num_tokens / 4) blocks */
-#define MOE_COMBINE_THREADS   128 /* 8 columns each: num_tokens * ceil(hidden_size / 1024) blocks */
-#define MOE_COMBINE_COLS      (8 * MOE_COMBINE_THREADS)
+#define MOE_ALIGN_THREADS       512
+#define MOE_ALIGN_ONE_SLOTS     2048 /* up to here moe_align_one; above: count, scan, place */
+#define MOE_ALIGN_BLOCK_SLOTS   512  /* slots per block of count and place, until there are */
+#define MOE_ALIGN_MAX_BLOCKS    64   /* so many blocks: scan walks over all of them */
+#define MOE_ROUTE_THREADS       128  /* one warp per token: ceil(num_tokens / 4) blocks */
+#define MOE_COMBINE_THREADS     128 /* 8 columns each: num_tokens * ceil(hidden_size / 1024) blocks */
+#define MOE_COMBINE_COLS        (8 * MOE_COMBINE_THREADS)
+#define MOE_COMBINE_MANY_TOKENS 4096 /* from here on a block takes several of up to 2 slots */
 
 #ifdef __cplusplus
 #define MOE_ASSERT_SIZE(type, bytes)                                                               \
