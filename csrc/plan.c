@@ -36,7 +36,7 @@ static const variant VARIANTS[] = {
      stages,                                                                                       \
      wn,                                                                                           \
      MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_##arch,                                \
-     MOE_GEMM_SMEM_BYTES(rows, cols, k, stages),                                                   \
+     MOE_GEMM_SMEM_##arch(rows, cols, k, stages),                                                  \
      align,                                                                                        \
      MOE_GEMM_WEIGHT_BOX_##arch(cols),                                                             \
      MOE_GEMM_TOKEN_BOX_##arch(rows)},
@@ -121,17 +121,22 @@ typedef struct gemm_shape {
         row_bytes; /* row_bytes: read and written per row beside the weights */
 } gemm_shape;
 
-/* The same for a variant of sm90a: every SM walks over its share of the tiles, one at a time. Fitted to 42 points
- * (7 %), then made as much too slow as variant_us is on average: only the comparison matters. */
+/* The same for a variant of sm90a: every SM walks over its share of the tiles, one at a time. Fitted to the stage
+ * times in docs/notes/hopper_kernels.md, then made as much too slow as variant_us is on average: only the comparison
+ * matters. */
 static double persistent_us(const variant *v, const gemm_shape *s, const moe_device_info *d)
 {
-    const double start_us = 3.0, /* launch, first bytes of the ring, the last epilogue */
-        tile_us = 2.8,           /* the part of an epilogue that nothing hides, at 128 x 256 */
-        mma_share = 0.76;        /* wgmma fed by cp.async against the device's matrix rate */
+    const double start_us = 3.0,       /* launch, first bytes of the ring, the last epilogue */
+        tile_us = 2.3 * v->cols / 256, /* the part of an epilogue that nothing hides */
+        mma_share = 0.84;              /* of the device's matrix rate */
     double tiles = expected_tiles(s->experts, s->rows_per_expert, v->rows);
     double share = tiles * (double)ceil_div(s->weight_rows, v->cols) / d->num_sms;
     share = share < 8.0 ? ceil(share) : share + 0.5;
-    double step_us = 2.0 * v->rows * v->cols * v->k / (d->flops_per_us / d->num_sms * mma_share);
+    /* shared memory: both warpgroups read all of the weights; at 128 x 256 that takes as long as the math, and what is
+     * narrower less than that by less */
+    double port = fmax(1.0, (3.0 * v->cols + 2.0 * v->rows) / (4.0 * v->cols));
+    double step_us =
+        port * 2.0 * v->rows * v->cols * v->k / (d->flops_per_us / d->num_sms * mma_share);
     double compute_us = start_us + share * ((double)ceil_div(s->depth, v->k) * step_us + tile_us);
     double stream_bytes =
         s->experts * (double)s->weight_rows * (double)s->depth * (double)s->element_bytes +

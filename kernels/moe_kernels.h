@@ -293,6 +293,14 @@ typedef struct moe_combine_args {
 #define MOE_GEMM_PRODUCERS_sm90a     4
 #define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)                                                 \
     ((stages) * ((rows) + (cols)) * (k) * 2 + (rows) * 8)
+/* The ring, half the tile's columns of rounded results, barriers. */
+#define MOE_GEMM_OUT_COLS_sm90a(cols) ((cols) / 2)
+#define MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)                                           \
+    (((stages) * ((rows) + (cols)) * (k) * 2 + (rows) * (2 * MOE_GEMM_OUT_COLS_sm90a(cols) + 16) + \
+      16 * (stages) + 1023) /                                                                      \
+     1024 * 1024)
+#define MOE_GEMM_SMEM_sm80(rows, cols, k, stages)  MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)
+#define MOE_GEMM_SMEM_sm90a(rows, cols, k, stages) MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)
 #define MOE_GEMM_GRID(max_tiles, weight_rows, cols)                                                \
     ((int64_t)(max_tiles) * (((int64_t)(weight_rows) + (cols) - 1) / (cols)))
 

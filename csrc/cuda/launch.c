@@ -63,7 +63,7 @@ static const moe_kernel_row KERNELS[] = {
     [KERNEL_HOPPER_PROBE] = {"moe_hopper_probe", "hopper_probe", 0, 90, 0},
 #define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
                          stages, wm, wn, wk, cluster, align)                                       \
-    {#name,       FILE_##arch(#stage),    MOE_GEMM_SMEM_BYTES(rows, cols, k, stages),              \
+    {#name,       FILE_##arch(#stage),    MOE_GEMM_SMEM_##arch(rows, cols, k, stages),             \
      ARCH_##arch, sizeof(PARAMS_##stage), MAPS_##arch##_##stage},
 #include "../../kernels/gemm_variants.def"
 #undef MOE_GEMM_VARIANT
