@@ -288,7 +288,7 @@ static void lay_out(const moe_plan *plan, int64_t chunk_tokens, moe_workspace *w
     w->row_of_slot = take(&total, layer || block, slots * 4);
     w->tiles =
         take(&total, list, most_tiles(p, slots, SMALLEST_TILE_ROWS) * (int64_t)sizeof(moe_tile));
-    w->num_tiles = take(&total, list, 4);
+    w->num_tiles = take(&total, list, 12); /* and two counters behind it */
     w->counts = take(&total, gpu && (block || needs(p, MOE_OP_ALIGN)) && blocks > 1,
                      (int64_t)blocks * p->num_experts * 4);
     w->intermediate = take(&total, layer, slots * plan->intermediate_stride * bytes);

@@ -13,6 +13,7 @@ struct down_problem {
     const moe_down_args &args;
     const tensor_map *weights, *tokens;
     int32_t num_cols, k_size;
+    static constexpr int kTaken = 2;
 
     __device__ __forceinline__ int2 box(int32_t col, int32_t part, int32_t rows) const
     {

@@ -13,6 +13,7 @@ struct gate_up_problem {
     const moe_gate_up_args &args;
     const tensor_map *weights;
     int32_t num_cols, k_size;
+    static constexpr int kTaken = 1;
 
     __device__ __forceinline__ int2 box(int32_t col, int32_t part, int32_t rows) const
     {

@@ -38,7 +38,10 @@ struct gemm_wgmma {
     // Registers: 65536 = 2 * 128 * 216 + 128 * 72, with what the launch rounds away.
     static constexpr int kMathRegisters = 216, kCopyRegisters = 72;
     // Tiles in a column before the next column: neighbours in time share weights and token rows in L2.
-    static constexpr uint32_t kRaster = 8, kRotation = 37;
+    static constexpr uint32_t kRaster = 8;
+    // Items a block knows ahead: it takes the first kAhead at fixed places, then whatever is next when it gets there.
+    // Between the producer and the slowest math warp lie at most kStages + kAhead of them.
+    static constexpr uint32_t kAhead = 3, kItems = 16;
     // In tiles of few steps the second warpgroup starts kLag steps late: one's results leave during the other's math.
     static constexpr int32_t kLag = 2, kLagSteps = 4;
 
@@ -53,6 +56,8 @@ struct gemm_wgmma {
         // landed: all bytes of a stage and every gathering thread; read: its wgmma are done, one per math warp
         alignas(8) uint64_t landed[kStages];
         uint64_t read[kStages];
+        uint32_t item
+            [kItems];  // of tile n at n % kItems: written by the producer before tile n - 2 lands
         uint64_t turn; // the first math warpgroup is kLag steps into a tile, one arrival per warp
     };
     static_assert(sizeof(shared) <= MOE_GEMM_SMEM_BYTES_sm90a(kRows, kCols, kTileK, kStages),
@@ -72,27 +77,24 @@ struct gemm_wgmma {
 
     struct work {
         int32_t expert, row_begin, num_rows, col_begin; // num_rows < 0: past the end of the list
-        bool paired;                                    // the other block has the same columns
     };
 
-    // Walks over the list: all column tiles of kRaster entries, then the next kRaster entries. In every round the
-    // blocks take their items in another order: with few tiles an expert, tiles that are alike come at even distances.
-    struct walker {
+    // The list as items: all column tiles of kRaster entries, then of the next kRaster entries.
+    struct list {
         const moe_tile *tiles;
         int64_t num_slots;
-        uint32_t round, at, num_tiles, col_tiles; // at: this block's place in the round
+        uint32_t num_tiles, col_tiles;
 
         template <class Args>
-        __device__ __forceinline__ walker(const Args &args, int32_t num_cols)
-            : tiles(args.tiles), num_slots(args.num_slots), round(0), at(blockIdx.x),
+        __device__ __forceinline__ list(const Args &args, int32_t num_cols)
+            : tiles(args.tiles), num_slots(args.num_slots),
               num_tiles(min(__ldcg(args.num_tiles), args.max_tiles)),
               col_tiles((static_cast<uint32_t>(num_cols) + kCols - 1) / kCols)
         {
         }
 
-        __device__ __forceinline__ work next()
+        __device__ __forceinline__ work find(uint32_t item) const
         {
-            uint32_t item = round + at;
             uint32_t group = item / (kRaster * col_tiles);
             if (group * kRaster >= num_tiles) return {0, 0, -1, 0};
             uint32_t in_group = item - group * (kRaster * col_tiles);
@@ -100,9 +102,6 @@ struct gemm_wgmma {
             uint32_t col = in_group / group_tiles;
             if (col >= col_tiles) return {0, 0, -1, 0}; // the last group is smaller
             uint32_t tile = group * kRaster + in_group - col * group_tiles;
-            round += gridDim.x;
-            at += kRotation;
-            if (at >= gridDim.x) at %= gridDim.x;
             int4 found = __ldcg(reinterpret_cast<const int4 *>(tiles + tile));
             int32_t rows =
                 static_cast<int32_t>(min(static_cast<int64_t>(found.z), num_slots - found.y));
@@ -314,6 +313,8 @@ struct gemm_wgmma {
         __syncwarp(); // before the next put
     }
 
+    static __device__ __forceinline__ void producer_sync() { named_barrier_sync(1, kCopyThreads); }
+
     static __device__ __forceinline__ void start(shared &smem)
     {
         if (threadIdx.x == 0) {
@@ -330,7 +331,8 @@ struct gemm_wgmma {
 
     // All tiles of this block. Problem: weights, tokens: the maps; box(col, part, rows) -> coordinates of half the
     // weights of a tile; token_row(slot) -> pointer to the token row of a slot, NULL: zeros;
-    // write(smem, work, sums, weight of this thread's two rows); args, num_cols, k_size.
+    // write(smem, work, sums, weight of this thread's two rows); args, num_cols, k_size; kTaken: which
+    // number behind num_tiles counts the items taken.
     template <class Problem>
     static __device__ __forceinline__ void run(shared &smem, const Problem &problem)
     {
@@ -340,15 +342,24 @@ struct gemm_wgmma {
         grid_launch_dependents();
         int32_t num_steps = (problem.k_size + kTileK - 1) / kTileK;
         position at;
-        walker walker(args, problem.num_cols);
-        work work = walker.next(), next = walker.next(); // the list is read two tiles ahead
+        const list list(args, problem.num_cols);
+        uint32_t item = blockIdx.x, tile = 0;
+        work work = list.find(item), next = list.find(item + gridDim.x);
 
         if (threadIdx.x >= kMathThreads) {
             set_registers_fewer<kCopyRegisters>();
             int32_t slot[kPasses];
             load_slots(slot, work, problem);
-            while (work.num_rows >= 0 && (kGather || threadIdx.x == kMathThreads)) {
-                auto after = walker.next();
+            item += 2 * gridDim.x;
+            // items of this stage that are taken; align has set it to 0
+            int32_t *taken = const_cast<int32_t *>(args.num_tiles) + Problem::kTaken;
+            for (; work.num_rows >= 0 && (kGather || threadIdx.x == kMathThreads); ++tile) {
+                if (threadIdx.x == kMathThreads) {
+                    smem.item[(tile + 2) % kItems] = item;
+                    item = kAhead * gridDim.x + atomicAdd(taken, 1);
+                }
+                if constexpr (kGather) producer_sync();
+                auto after = list.find(smem.item[(tile + 2) % kItems]);
                 copy_tile(smem, at, work, slot, next, problem);
                 work = next;
                 next = after;
@@ -375,8 +386,9 @@ struct gemm_wgmma {
             };
             load_slot(work);
             load_weight(weight);
-            while (work.num_rows >= 0) {
-                auto after = walker.next();
+            for (; work.num_rows >= 0; ++tile) {
+                mbarrier_wait(shared_address(&smem.landed[at.stage]), at.parity);
+                auto after = list.find(smem.item[(tile + 2) % kItems]);
                 float sums[kSums], next_weight[2] = {1.0f, 1.0f};
                 bool active = static_cast<int32_t>(threadIdx.x / 128 * 64) < work.num_rows;
                 if (!active) load_slot(next);

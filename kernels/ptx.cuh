@@ -75,6 +75,12 @@ __device__ __forceinline__ float exp2_approx(float x)
     return y;
 }
 
+// barrier.sync, "barrier": named barrier `id` (1 .. 15) of `threads` threads, whole warps.
+__device__ __forceinline__ void named_barrier_sync(uint32_t id, uint32_t threads)
+{
+    asm volatile("barrier.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
+
 // griddepcontrol.wait, "griddepcontrol": until the grids before this one are complete and their writes
 // visible. Every thread, before it reads what they wrote and before it writes anything. Without
 // programmatic dependent launch (and below sm_90) there is nothing to wait for.
