@@ -170,7 +170,7 @@ typedef struct moe_align_args {
     int32_t *sorted_token_ids; /* [num_slots], written below num_rows: row -> token * topk + slot */
     int32_t *row_of_slot;      /* [num_slots], written: slot -> row, -1 where dropped */
     moe_tile *tiles;           /* [max_tiles], written below num_tiles, or NULL (CPU) */
-    int32_t *num_tiles;        /* [1], written, or NULL (CPU) */
+    int32_t *num_tiles; /* [3], written: tiles; 0, 0: taken by gate_up, by down; or NULL (CPU) */
     int32_t *counts;    /* [num_blocks, num_experts] scratch, or NULL where num_blocks is 1 */
     int64_t ids_stride; /* from row to row */
     int64_t expert_start;
