@@ -19,8 +19,8 @@ typedef struct variant {
 
 enum { ARCH_sm80 = 80, ARCH_sm90a = 90, ARCH_sm90a_decode = 91 };
 enum { STAGE_gate_up = MOE_OP_GATE_UP, STAGE_down = MOE_OP_DOWN };
-#define SMEM_sm80(rows, cols, k, stages)         MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)
-#define SMEM_sm90a(rows, cols, k, stages)        MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)
+#define SMEM_sm80(rows, cols, k, stages)         MOE_GEMM_SMEM_sm80(rows, cols, k, stages)
+#define SMEM_sm90a(rows, cols, k, stages)        MOE_GEMM_SMEM_sm90a(rows, cols, k, stages)
 #define SMEM_sm90a_decode(rows, cols, k, stages) 0 /* choose_decode adds it up */
 #define DTYPE_bf16                               MOE_BF16
 #define DTYPE_f16                                MOE_F16
@@ -124,17 +124,22 @@ typedef struct gemm_shape {
         row_bytes; /* row_bytes: read and written per row beside the weights */
 } gemm_shape;
 
-/* The same for a variant of sm90a: every SM walks over its share of the tiles, one at a time. Fitted to 42 points
- * (7 %), then made as much too slow as variant_us is on average: only the comparison matters. */
+/* The same for a variant of sm90a: every SM walks over its share of the tiles, one at a time. Fitted to the stage
+ * times in docs/notes/hopper_kernels.md, then made as much too slow as variant_us is on average: only the comparison
+ * matters. */
 static double persistent_us(const variant *v, const gemm_shape *s, const moe_device_info *d)
 {
-    const double start_us = 3.0, /* launch, first bytes of the ring, the last epilogue */
-        tile_us = 2.8,           /* the part of an epilogue that nothing hides, at 128 x 256 */
-        mma_share = 0.76;        /* wgmma fed by cp.async against the device's matrix rate */
+    const double start_us = 3.0,       /* launch, first bytes of the ring, the last epilogue */
+        tile_us = 2.3 * v->cols / 256, /* the part of an epilogue that nothing hides */
+        mma_share = 0.84;              /* of the device's matrix rate */
     double tiles = expected_tiles(s->experts, s->rows_per_expert, v->rows);
     double share = tiles * (double)ceil_div(s->weight_rows, v->cols) / d->num_sms;
     share = share < 8.0 ? ceil(share) : share + 0.5;
-    double step_us = 2.0 * v->rows * v->cols * v->k / (d->flops_per_us / d->num_sms * mma_share);
+    /* shared memory: both warpgroups read all of the weights; at 128 x 256 that takes as long as the math, and what is
+     * narrower less than that by less */
+    double port = fmax(1.0, (3.0 * v->cols + 2.0 * v->rows) / (4.0 * v->cols));
+    double step_us =
+        port * 2.0 * v->rows * v->cols * v->k / (d->flops_per_us / d->num_sms * mma_share);
     double compute_us = start_us + share * ((double)ceil_div(s->depth, v->k) * step_us + tile_us);
     double stream_bytes =
         s->experts * (double)s->weight_rows * (double)s->depth * (double)s->element_bytes +
@@ -288,7 +293,7 @@ static void lay_out(const moe_plan *plan, int64_t chunk_tokens, moe_workspace *w
     w->row_of_slot = take(&total, layer || block, slots * 4);
     w->tiles =
         take(&total, list, most_tiles(p, slots, SMALLEST_TILE_ROWS) * (int64_t)sizeof(moe_tile));
-    w->num_tiles = take(&total, list, 4);
+    w->num_tiles = take(&total, list, 12); /* and two counters behind it */
     w->counts = take(&total, gpu && (block || needs(p, MOE_OP_ALIGN)) && blocks > 1,
                      (int64_t)blocks * p->num_experts * 4);
     w->intermediate = take(&total, layer, slots * plan->intermediate_stride * bytes);

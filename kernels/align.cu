@@ -90,7 +90,10 @@ static __device__ __forceinline__ void write_tiles(const moe_align_args &args, s
     }
     int64_t at = block_scan(smem, tiles, total);
     int32_t num_tiles = static_cast<int32_t>(min(total, static_cast<int64_t>(args.max_tiles)));
-    if (threadIdx.x == 0) *args.num_tiles = num_tiles;
+    if (threadIdx.x == 0) {
+        args.num_tiles[0] = num_tiles;
+        args.num_tiles[1] = args.num_tiles[2] = 0; // taken by gate_up, by down (gemm_wgmma.cuh)
+    }
 #pragma unroll
     for (int i = 0; i < kThreadExperts; ++i) {
         int32_t expert = threadIdx.x * kThreadExperts + i;

@@ -4,13 +4,14 @@
  *        shared_output  [num_tokens, hidden_size]  as rows, or NULL
  * Out    out            [num_tokens, hidden_size]  as rows    every element is written
  * Math   f32, slots in order 0 .. topk - 1, one rounding: bitwise repeatable. no_combine is topk = 1
- * Grid   one thread per eight columns of a token, MOE_COMBINE_THREADS per block; any number of blocks is
- *        correct, num_tokens * ceil(hidden_size / MOE_COMBINE_COLS) is one item each. No shared memory
+ * Grid   one thread per eight columns of a token (_2, _4: of four and two tokens, for topk up to 2 and 4),
+ *        MOE_COMBINE_THREADS per block; any number of blocks is correct, tokens (or groups of them) times
+ *        ceil(hidden_size / MOE_COMBINE_COLS) is one item each. No shared memory
  * Needs  hidden_size % 8 == 0 and 16-byte aligned rows of all tensors; `any` needs neither
  * Cost   (num_rows + num_tokens) * hidden_size * 2 bytes: memory-bound */
 #include "numeric.cuh"
 
-// Rows of a token that are under way at once.
+// Rows that are under way at once for a thread.
 static constexpr int kInFlight = 8;
 
 // Eight columns, `count` of which exist.
@@ -42,68 +43,86 @@ static __device__ __forceinline__ void add(float (&sum)[8], uint4 v)
     }
 }
 
-template <class T, bool kVector>
+// kSlots slots of kTokens tokens at a time: with few slots, too, kInFlight rows are under way for a thread.
+template <class T, bool kVector, int kSlots>
 static __device__ __forceinline__ void combine(const moe_combine_args &args)
 {
-    using element = typename T::element;
     grid_dependency_wait();
     grid_launch_dependents();
+    using element = typename T::element;
+    constexpr int kTokens = kInFlight / kSlots;
     int32_t col_blocks = (args.hidden_size + MOE_COMBINE_COLS - 1) / MOE_COMBINE_COLS;
-    int64_t num_items = args.num_tokens * col_blocks;
+    int64_t num_items = (args.num_tokens + kTokens - 1) / kTokens * col_blocks;
     for (int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
-        int64_t token = item / col_blocks;
-        int32_t col = static_cast<int32_t>(item - token * col_blocks) * MOE_COMBINE_COLS +
+        int64_t group = item / col_blocks, token = group * kTokens;
+        int32_t col = static_cast<int32_t>(item - group * col_blocks) * MOE_COMBINE_COLS +
                       static_cast<int32_t>(threadIdx.x) * 8;
         int32_t count = min(8, args.hidden_size - col);
         if (count <= 0) continue;
+        int32_t tokens = static_cast<int32_t>(min(int64_t{kTokens}, args.num_tokens - token));
         const int32_t *row_of_slot = args.row_of_slot + token * args.topk;
-        float sum[8] = {0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f};
-        uint4 shared_output = make_uint4(0, 0, 0, 0);
-        if (args.shared_output)
-            shared_output = load_columns<T, kVector>(args.shared_output,
-                                                     token * args.shared_stride + col, count);
-        for (int32_t first = 0; first < args.topk; first += kInFlight) {
+        float sum[kTokens][8] = {};
+        uint4 shared_output[kTokens];
+        if (args.shared_output) {
+#pragma unroll
+            for (int t = 0; t < kTokens; ++t)
+                if (t < tokens)
+                    shared_output[t] = load_columns<T, kVector>(
+                        args.shared_output, (token + t) * args.shared_stride + col, count);
+        }
+        for (int32_t first = 0; first < args.topk; first += kSlots) {
             int32_t row[kInFlight];
             uint4 held[kInFlight];
 #pragma unroll
-            for (int s = 0; s < kInFlight; ++s)
-                row[s] = first + s < args.topk ? row_of_slot[first + s] : -1;
+            for (int i = 0; i < kInFlight; ++i) {
+                int32_t t = i / kSlots, slot = first + i % kSlots;
+                row[i] = t < tokens && slot < args.topk ? row_of_slot[t * args.topk + slot] : -1;
+            }
 #pragma unroll
-            for (int s = 0; s < kInFlight; ++s)
-                if (row[s] >= args.num_rows) row[s] = -1;
+            for (int i = 0; i < kInFlight; ++i)
+                if (row[i] >= args.num_rows) row[i] = -1;
 #pragma unroll
-            for (int s = 0; s < kInFlight; ++s)
-                if (row[s] >= 0)
-                    held[s] =
-                        load_columns<T, kVector>(args.rows, row[s] * args.rows_stride + col, count);
+            for (int i = 0; i < kInFlight; ++i)
+                if (row[i] >= 0)
+                    held[i] =
+                        load_columns<T, kVector>(args.rows, row[i] * args.rows_stride + col, count);
 #pragma unroll
-            for (int s = 0; s < kInFlight; ++s)
-                if (row[s] >= 0) add<T>(sum, held[s]);
+            for (int i = 0; i < kInFlight; ++i)
+                if (row[i] >= 0) add<T>(sum[i / kSlots], held[i]);
         }
 #pragma unroll
-        for (int i = 0; i < 8; ++i)
-            sum[i] *= args.scale;
-        if (args.shared_output) add<T>(sum, shared_output);
-        element *to = static_cast<element *>(args.out) + token * args.out_stride + col;
-        if constexpr (kVector) {
-            *reinterpret_cast<uint4 *>(to) =
-                make_uint4(T::round2(sum[0], sum[1]), T::round2(sum[2], sum[3]),
-                           T::round2(sum[4], sum[5]), T::round2(sum[6], sum[7]));
-        } else {
+        for (int t = 0; t < kTokens; ++t) {
+            if (t >= tokens) break;
+            float(&s)[8] = sum[t];
 #pragma unroll
             for (int i = 0; i < 8; ++i)
-                if (i < count) to[i] = T::round(sum[i]);
+                s[i] *= args.scale;
+            if (args.shared_output) add<T>(s, shared_output[t]);
+            element *to = static_cast<element *>(args.out) + (token + t) * args.out_stride + col;
+            if constexpr (kVector) {
+                *reinterpret_cast<uint4 *>(to) =
+                    make_uint4(T::round2(s[0], s[1]), T::round2(s[2], s[3]), T::round2(s[4], s[5]),
+                               T::round2(s[6], s[7]));
+            } else {
+#pragma unroll
+                for (int i = 0; i < 8; ++i)
+                    if (i < count) to[i] = T::round(s[i]);
+            }
         }
     }
 }
 
-#define MOE_COMBINE(name, type, vector)                                                            \
+#define MOE_COMBINE(name, type, vector, slots)                                                     \
     extern "C" __global__ void __launch_bounds__(MOE_COMBINE_THREADS, 1)                           \
         name(const __grid_constant__ moe_combine_args args)                                        \
     {                                                                                              \
-        combine<type, vector>(args);                                                               \
+        combine<type, vector, slots>(args);                                                        \
     }
-MOE_COMBINE(moe_combine_bf16, bf16, true)
-MOE_COMBINE(moe_combine_f16, f16, true)
-MOE_COMBINE(moe_combine_bf16_any, bf16, false)
-MOE_COMBINE(moe_combine_f16_any, f16, false)
+MOE_COMBINE(moe_combine_bf16, bf16, true, kInFlight)
+MOE_COMBINE(moe_combine_f16, f16, true, kInFlight)
+MOE_COMBINE(moe_combine_bf16_2, bf16, true, 2)
+MOE_COMBINE(moe_combine_f16_2, f16, true, 2)
+MOE_COMBINE(moe_combine_bf16_4, bf16, true, 4)
+MOE_COMBINE(moe_combine_f16_4, f16, true, 4)
+MOE_COMBINE(moe_combine_bf16_any, bf16, false, kInFlight)
+MOE_COMBINE(moe_combine_f16_any, f16, false, kInFlight)

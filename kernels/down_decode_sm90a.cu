@@ -313,9 +313,9 @@ struct down_decode {
                 at.advance(args.ring_stages * args.copies, copies_per_expert);
             }
             store_sums(acc);
-            barrier_sync(kMathBarrier, kMathThreads);
+            named_barrier_sync(kMathBarrier, kMathThreads);
             write(tile);
-            barrier_sync(kMathBarrier, kMathThreads);
+            named_barrier_sync(kMathBarrier, kMathThreads);
         }
     }
 
@@ -338,7 +338,7 @@ struct down_decode {
             }
         }
         if (thread == 0) state.duplicates = 0;
-        barrier_sync(kReadBarrier, kReaders);
+        named_barrier_sync(kReadBarrier, kReaders);
         for (int32_t slot = thread; slot < num_slots; slot += kReaders) {
             state.weight[slot] = slot == thread ? weight : slot_weight(slot);
             int32_t expert = state.expert[slot], token = slot / topk, before = token * topk;
@@ -354,7 +354,7 @@ struct down_decode {
             else
                 state.duplicates = 1;
         }
-        barrier_sync(kReadBarrier, kReaders);
+        named_barrier_sync(kReadBarrier, kReaders);
         duplicates = state.duplicates;
     }
 

@@ -1,5 +1,7 @@
 // arch: sm_90a
 /* down_sm90a.cu: down.cu with wgmma: the same arguments, formula and order of rounding (stage 4 of 5)
+ * In     weights  tensor map of w2 as [num_experts, 1, hidden_size, I], boxes of half a tile's rows
+ *        tokens   tensor map of intermediate as [1, 1, num_slots, I], boxes of 64 rows
  * Grid   min(MOE_GEMM_GRID(max_tiles, hidden_size, cols), SMs) blocks that walk over the tiles
  * Needs  align == 16, as there; compute capability 9.0
  * Cost   as gate_up_sm90a.cu, and num_rows * hidden_size * 2 bytes written */
@@ -9,32 +11,54 @@
 template <class T>
 struct down_problem {
     const moe_down_args &args;
+    const tensor_map *weights, *tokens;
     int32_t num_cols, k_size;
+    static constexpr int kTaken = 2;
 
-    __device__ __forceinline__ weight_rows rows_of(int32_t expert) const
+    __device__ __forceinline__ int2 box(int32_t col, int32_t part, int32_t rows) const
     {
-        return down_rows<T>(expert, args);
-    }
-
-    template <class Work>
-    __device__ __forceinline__ const typename T::element *token_row(const Work &work,
-                                                                    int32_t r) const
-    {
-        return r < work.num_rows ? static_cast<const typename T::element *>(args.intermediate) +
-                                       (int64_t{work.row_begin} + r) * args.intermediate_stride
-                                 : nullptr;
+        return make_int2(col + part * rows, 0);
     }
 
     template <class Gemm>
-    __device__ __forceinline__ void write(const typename Gemm::work &work,
-                                          const float (&sums)[Gemm::kSums],
-                                          const float (&weight)[2]) const
+    __device__ __forceinline__ void
+    write(typename Gemm::shared &smem, const typename Gemm::work &work,
+          const float (&sums)[Gemm::kSums], const float (&weight)[2]) const
     {
-        Gemm::template each_run<true>(
-            sums, work.num_rows, [&](int half, int32_t row, int32_t col, float(&z)[8]) {
-                write_outputs<T, true>(z, int64_t{work.row_begin} + row, work.col_begin + col,
-                                       weight[half], work.expert, args);
-            });
+        if (args.w2_bias)
+            write<Gemm, true>(smem, work, sums, weight);
+        else
+            write<Gemm, false>(smem, work, sums, weight);
+    }
+
+    template <class Gemm, bool kBias>
+    __device__ __forceinline__ void
+    write(typename Gemm::shared &smem, const typename Gemm::work &work,
+          const float (&sums)[Gemm::kSums], const float (&weight)[2]) const
+    {
+        constexpr int kBlocks = Gemm::kOutCols / 8;
+#pragma unroll
+        for (int j = 0; j < Gemm::kCols / 8; j += 2) {
+            float bias[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+            for (int i = 0; i < 4 * kBias; ++i) {
+                int32_t col = work.col_begin + Gemm::lane_col(j + i / 2) + i % 2;
+                if (col < num_cols)
+                    bias[i] = load_f32(args.w2_bias, work.expert * args.w2_bias_stride + col,
+                                       args.w2_bias_dtype);
+            }
+            uint32_t pairs[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float z[2] = {sums[j * 4 + i * 2], sums[j * 4 + i * 2 + 1]};
+                if constexpr (kBias) z[0] += bias[i / 2 * 2], z[1] += bias[i / 2 * 2 + 1];
+                pairs[i] = T::round2(z[0] * weight[i % 2], z[1] * weight[i % 2]);
+            }
+            Gemm::out_put(smem, j % kBlocks, pairs);
+            if ((j + 2) % kBlocks == 0)
+                Gemm::out_copy(smem, work, args.rows, args.rows_stride,
+                               work.col_begin + (j + 2 - kBlocks) * 8, num_cols);
+        }
     }
 };
 
@@ -48,7 +72,8 @@ static __device__ __forceinline__ void down(const moe_down_args &args, const ten
         tensor_map_prefetch(&weights);
         tensor_map_prefetch(&tokens);
     }
-    Gemm::run(smem, down_problem<typename Gemm::T>{args, args.hidden_size, args.intermediate_size});
+    Gemm::run(smem, down_problem<typename Gemm::T>{args, &weights, &tokens, args.hidden_size,
+                                                   args.intermediate_size});
 }
 
 #define MOE_KERNEL_sm90a_down(name, type, rows, cols, k, stages, wm, wn, wk)                       \
@@ -58,7 +83,7 @@ static __device__ __forceinline__ void down(const moe_down_args &args, const ten
              const __grid_constant__ tensor_map weights,                                           \
              const __grid_constant__ tensor_map tokens)                                            \
     {                                                                                              \
-        down<gemm_wgmma<type, rows, cols, k, stages>>(args, weights, tokens);                      \
+        down<gemm_wgmma<type, false, rows, cols, k, stages>>(args, weights, tokens);               \
     }
 #define MOE_KERNEL_sm90a_gate_up(...)
 #define MOE_KERNEL_sm80_gate_up(...)

@@ -8,7 +8,7 @@
 // x . sigmoid(c x). For x = -inf NaN, as the formula says; for very negative x minus zero.
 static __device__ __forceinline__ float swish(float x, float c)
 {
-    return __fdividef(x, 1.0f + __expf(-c * x));
+    return __fdividef(x, 1.0f + exp2_approx(-c * x * 1.4426950408889634f));
 }
 
 // min and clamp that keep NaN.
@@ -106,23 +106,21 @@ static __device__ __forceinline__ weight_rows gate_up_rows(int32_t expert,
     return rows;
 }
 
-// Outputs out .. out + 3 of row `row` of intermediate, those below intermediate_size: bias, weight, activation, one
-// rounding. g, u: the sums (u: 1 where not gated). kVector: 8-byte aligned groups of four. kSilu: no other activation.
-template <class T, bool kVector, bool kSilu = false>
-static __device__ __forceinline__ void
-write_outputs(float (&g)[4], float (&u)[4], int64_t row, int32_t out, float weight, int32_t expert,
-              const weight_rows &rows, const moe_gate_up_args &args)
+// Outputs out, out + 1, out + step, out + step + 1 of a row, in f32: bias, weight, activation. g, u: the sums (u: 1 where
+// not gated). Those past intermediate_size are anything.
+static __device__ __forceinline__ void make_outputs(float (&y)[4], float (&g)[4], float (&u)[4],
+                                                    int32_t out, int32_t step, float weight,
+                                                    int32_t expert, const weight_rows &rows,
+                                                    const moe_gate_up_args &args)
 {
-    using element = typename T::element;
     int32_t gated = args.gated;
-    int32_t count = min(4, args.intermediate_size - out);
-    if (count <= 0) return;
     if (args.w13_bias) {
         int64_t base = expert * args.w13_bias_stride;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            if (i >= count) break;
-            int32_t col = gated ? 2 * (out + i) : out + i;
+            int32_t at = out + i / 2 * step + i % 2;
+            if (at >= args.intermediate_size) break;
+            int32_t col = gated ? 2 * at : at;
             g[i] += load_f32(args.w13_bias, base + rows.row(col), args.w13_bias_dtype);
             if (gated)
                 u[i] += load_f32(args.w13_bias, base + rows.row(col + 1), args.w13_bias_dtype);
@@ -135,11 +133,21 @@ write_outputs(float (&g)[4], float (&u)[4], int64_t row, int32_t out, float weig
             if (gated) u[i] *= weight;
         }
     }
+    activate(y, g, u, args);
+}
+
+// Outputs out .. out + 3 of row `row` of intermediate, those below intermediate_size, rounded once.
+// kVector: 8-byte aligned groups of four.
+template <class T, bool kVector>
+static __device__ __forceinline__ void
+write_outputs(float (&g)[4], float (&u)[4], int64_t row, int32_t out, float weight, int32_t expert,
+              const weight_rows &rows, const moe_gate_up_args &args)
+{
+    using element = typename T::element;
+    int32_t count = min(4, args.intermediate_size - out);
+    if (count <= 0) return;
     float y[4];
-    if constexpr (kSilu)
-        activate_silu(y, g, u, args);
-    else
-        activate(y, g, u, args);
+    make_outputs(y, g, u, out, 2, weight, expert, rows, args);
     element *to = static_cast<element *>(args.intermediate) + row * args.intermediate_stride + out;
     if (kVector && count == 4) {
         *reinterpret_cast<uint2 *>(to) = make_uint2(T::round2(y[0], y[1]), T::round2(y[2], y[3]));

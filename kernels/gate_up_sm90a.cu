@@ -1,5 +1,7 @@
 // arch: sm_90a
 /* gate_up_sm90a.cu: gate_up.cu with wgmma: the same arguments, formula and order of rounding (stage 3 of 5)
+ * In     weights  tensor map of w13 as [num_experts, halves, I, hidden_size], boxes of half a tile's rows: the gate
+ *                 rows of a tile, then its up rows, whatever their order in memory
  * Grid   min(MOE_GEMM_GRID(max_tiles, 2 I (or I), cols), SMs) blocks that walk over the tiles
  * Needs  align == 16, as there; compute capability 9.0
  * Cost   from about a hundred rows an expert on math, else the weights once for each tile of an expert */
@@ -9,61 +11,102 @@
 template <class T>
 struct gate_up_problem {
     const moe_gate_up_args &args;
+    const tensor_map *weights;
     int32_t num_cols, k_size;
+    static constexpr int kTaken = 1;
 
-    __device__ __forceinline__ weight_rows rows_of(int32_t expert) const
+    __device__ __forceinline__ int2 box(int32_t col, int32_t part, int32_t rows) const
     {
-        return gate_up_rows<T>(expert, args);
+        return args.gated
+                   ? make_int2(col / 2, args.w13_order == MOE_ORDER_UP_GATE ? 1 - part : part)
+                   : make_int2(col + part * rows, 0);
     }
 
-    template <class Work>
-    __device__ __forceinline__ const typename T::element *token_row(const Work &work,
-                                                                    int32_t r) const
+    __device__ __forceinline__ const typename T::element *token_row(int32_t slot) const
     {
-        int32_t slot = r < work.num_rows ? args.sorted_token_ids[work.row_begin + r] : -1;
         int32_t token = token_of(slot, args);
         return token >= 0 ? static_cast<const typename T::element *>(args.hidden_states) +
                                 token * args.hidden_stride
                           : nullptr;
     }
 
-    // silu from registers; the other activations are one loop, not 32 copies of each.
+    // Plain silu from registers; all else is one loop, not 32 copies of each activation.
     template <class Gemm>
-    __device__ __forceinline__ void write(const typename Gemm::work &work,
-                                          const float (&sums)[Gemm::kSums],
-                                          const float (&weight)[2]) const
+    __device__ __forceinline__ void
+    write(typename Gemm::shared &smem, const typename Gemm::work &work,
+          const float (&sums)[Gemm::kSums], const float (&weight)[2]) const
     {
-        if (args.activation == MOE_ACT_SILU && args.gated)
-            write<Gemm, true>(work, sums, weight);
+        if (args.activation == MOE_ACT_SILU && args.gated && !args.w13_bias && !args.topk_weights &&
+            !(args.activation_limit > 0.0f))
+            write_silu<Gemm>(smem, work, sums);
         else
-            write<Gemm, false>(work, sums, weight);
+            write_any<Gemm>(smem, work, sums, weight);
     }
 
-    template <class Gemm, bool kSilu>
-    __device__ __forceinline__ void write(const typename Gemm::work &work,
-                                          const float (&sums)[Gemm::kSums],
-                                          const float (&weight)[2]) const
+    template <class Gemm>
+    __device__ __forceinline__ void write_silu(typename Gemm::shared &smem,
+                                               const typename Gemm::work &work,
+                                               const float (&sums)[Gemm::kSums]) const
     {
-        weight_rows rows = rows_of(work.expert);
-        Gemm::template each_run<kSilu>(
-            sums, work.num_rows, [&](int half, int32_t row, int32_t col, float(&z)[8]) {
-                int64_t to = int64_t{work.row_begin} + row;
-                if (kSilu || args.gated) {
-                    float g[4] = {z[0], z[2], z[4], z[6]}, u[4] = {z[1], z[3], z[5], z[7]};
-                    write_outputs<T, true, kSilu>(g, u, to, (work.col_begin + col) / 2,
-                                                  half ? weight[1] : weight[0], work.expert, rows,
-                                                  args);
-                } else {
+#pragma unroll
+        for (int j = 0; j < Gemm::kOutCols / 8; j += 2) {
+            float y[8];
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                y[i] = swish(sums[j * 4 + i], 1.0f) * sums[j * 4 + i + Gemm::kSums / 2];
+            uint32_t pairs[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                pairs[i] = T::round2(y[2 * i], y[2 * i + 1]);
+            Gemm::out_put(smem, j, pairs);
+        }
+        Gemm::out_copy(smem, work, args.intermediate, args.intermediate_stride, work.col_begin / 2,
+                       args.intermediate_size);
+    }
+
+    // Where not gated there are twice as many outputs: kOutCols of them at a time.
+    template <class Gemm>
+    __device__ __forceinline__ void
+    write_any(typename Gemm::shared &smem, const typename Gemm::work &work,
+              const float (&sums)[Gemm::kSums], const float (&weight)[2]) const
+    {
+        constexpr int kBlocks = Gemm::kOutCols / 8, kHalf = Gemm::kSums / 2;
+        bool gated = args.gated;
+        weight_rows rows = gate_up_rows<T>(work.expert, args);
+        int32_t out = gated ? work.col_begin / 2 : work.col_begin;
 #pragma unroll 1
-                    for (int i = 0; i < 8; i += 4) {
-                        float x[4] = {z[0], z[1], z[2], z[3]}, u[4] = {1, 1, 1, 1};
-                        write_outputs<T, true, kSilu>(x, u, to, work.col_begin + col + i,
-                                                      half ? weight[1] : weight[0], work.expert,
-                                                      rows, args);
-                        z[0] = z[4], z[1] = z[5], z[2] = z[6], z[3] = z[7];
+        for (int part = 0; part < (gated ? 1 : 2); ++part, out += Gemm::kOutCols) {
+#pragma unroll 1
+            for (int j = 0; j < kBlocks; j += 2) {
+                float first[8], second[8]; // of the gate's and up's halves of the columns
+#pragma unroll
+                for (int from = 0; from < kBlocks; from += 2) // registers have no index: compare
+#pragma unroll
+                    for (int i = 0; i < 8; ++i)
+                        if (from == j) {
+                            first[i] = sums[from * 4 + i];
+                            second[i] = sums[from * 4 + i + kHalf];
+                        }
+                uint32_t pairs[4];
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float g[4], u[4], y[4];
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        int at = i / 2 * 4 + half * 2 + i % 2;
+                        g[i] = part == 0 ? first[at] : second[at];
+                        u[i] = gated ? second[at] : 1.0f;
                     }
+                    make_outputs(y, g, u, out + Gemm::lane_col(j), 8, weight[half], work.expert,
+                                 rows, args);
+                    pairs[half] = T::round2(y[0], y[1]);
+                    pairs[2 + half] = T::round2(y[2], y[3]);
                 }
-            });
+                Gemm::out_put(smem, j, pairs);
+            }
+            Gemm::out_copy(smem, work, args.intermediate, args.intermediate_stride, out,
+                           args.intermediate_size);
+        }
     }
 };
 
@@ -73,10 +116,9 @@ static __device__ __forceinline__ void gate_up(const moe_gate_up_args &args,
 {
     extern __shared__ __align__(1024) unsigned char dynamic_shared[];
     typename Gemm::shared &smem = *reinterpret_cast<typename Gemm::shared *>(dynamic_shared);
-    if (threadIdx.x == 0) {
-        tensor_map_prefetch(&weights);
-    }
-    Gemm::run(smem, gate_up_problem<typename Gemm::T>{args, gate_up_cols(args), args.hidden_size});
+    if (threadIdx.x == 0) tensor_map_prefetch(&weights);
+    Gemm::run(smem, gate_up_problem<typename Gemm::T>{args, &weights, gate_up_cols(args),
+                                                      args.hidden_size});
 }
 
 #define MOE_KERNEL_sm90a_gate_up(name, type, rows, cols, k, stages, wm, wn, wk)                    \
@@ -85,7 +127,7 @@ static __device__ __forceinline__ void gate_up(const moe_gate_up_args &args,
         name(const __grid_constant__ moe_gate_up_args args,                                        \
              const __grid_constant__ tensor_map weights)                                           \
     {                                                                                              \
-        gate_up<gemm_wgmma<type, rows, cols, k, stages>>(args, weights);                           \
+        gate_up<gemm_wgmma<type, true, rows, cols, k, stages>>(args, weights);                     \
     }
 #define MOE_KERNEL_sm90a_down(...)
 #define MOE_KERNEL_sm80_gate_up(...)

@@ -2,24 +2,27 @@
  *
  * Math   sums[r, n] = token_row(r) . weight_row(n), f32, tile after tile: kRows token rows of one expert and
  *        kCols of its weight rows; K in steps of kTileK, always in the same order
- * How    one thread block per SM walks over the list of tiles. A producer warpgroup fills a ring of kStages
- *        stages with 16-byte cp.async and runs ahead into the next tile; two math warpgroups multiply 64 rows
- *        each with wgmma m64n256k16, token rows on M, weight rows on N, both operands from the ring.
- *        Chunk c of row r lies at chunk c ^ (r % 8), which is wgmma's 128-byte swizzle: no tensor maps,
- *        and the gathered token rows and the weights arrive in the same way.
- * Sums   of a thread: 2 rows, 8 runs of 8 neighbouring columns of each (column_of). The weight rows are put
- *        into the ring in the order that makes it so: results leave from registers, 8 or 16 bytes at a time.
- * Tails  rows past the tile, weight rows past num_cols and K past its end are zeros in shared memory and
- *        are never read from global memory. A warpgroup whose 64 rows all lie past the tile does no math. */
+ * How    one thread block per SM, which takes tiles from the list as long as there are any. A producer warpgroup fills
+ *        a ring of kStages stages and runs ahead into the next tile: weights by the copy engine in two boxes of kCols / 2 rows,
+ *        token rows by it too, or by 16-byte cp.async where they are gathered. Two math warpgroups multiply 64
+ *        rows each with wgmma m64n<kCols>k16, token rows on M, weight rows on N, both operands from the ring.
+ *        Chunk c of row r lies at chunk c ^ (r % 8), wgmma's 128-byte swizzle, whoever writes it.
+ * Out    a warp puts its 16 rows of rounded results into shared memory (stmatrix), kOutCols columns at a time, and
+ *        stores them row after row: whole lines, and no other warp waits for it
+ * Tails  weight rows past the last one and K past its end are zeros in shared memory and are never read from global
+ *        memory. Gathered rows past the tile are zeros; rows of the intermediate past the tile may be another
+ *        expert's or anything, and are not written. A warpgroup whose 64 rows all lie past the tile does no math. */
 #ifndef MOE_GEMM_WGMMA_CUH
 #define MOE_GEMM_WGMMA_CUH
 
 #include "gemm_common.cuh"
 #include "wgmma.cuh"
 
-template <class Type, int kRows_, int kCols_, int kTileK_, int kStages_>
+// kGather: token rows by cp.async from where Problem::token_row says, else by the map of the tokens.
+template <class Type, bool kGather, int kRows_, int kCols_, int kTileK_, int kStages_>
 struct gemm_wgmma {
     static constexpr int kRows = kRows_, kCols = kCols_, kTileK = kTileK_, kStages = kStages_;
+    static constexpr int kOutCols = MOE_GEMM_OUT_COLS_sm90a(kCols);
     using T = Type;
     using element = typename Type::element;
 
@@ -27,29 +30,37 @@ struct gemm_wgmma {
     static constexpr int kCopyThreads = 32 * MOE_GEMM_PRODUCERS_sm90a;
     static constexpr int kChunks = kTileK / 8; // 16-byte chunks of a row of a stage
     static constexpr int kPassRows = kCopyThreads / kChunks;
-    static constexpr int kTokenPasses = kRows / kPassRows;
-    static constexpr int kWeightPasses = kCols / kPassRows;
     static constexpr int kTokenBytes = kRows * kTileK * 2; // of a stage
     static constexpr int kWeightBytes = kCols * kTileK * 2;
-    static constexpr int kSums = kCols / 2; // of a thread
-    static constexpr int kRuns = kCols / 32;
+    static constexpr int kBoxRows = MOE_GEMM_WEIGHT_BOX_sm90a(kCols); // two boxes a stage
+    static constexpr int kSums = kCols / 2;                           // of a thread
+    static constexpr int kOutPitch = kOutCols * 2 + 16; // bytes; eight rows lie in different banks
     // Registers: 65536 = 2 * 128 * 216 + 128 * 72, with what the launch rounds away.
     static constexpr int kMathRegisters = 216, kCopyRegisters = 72;
     // Tiles in a column before the next column: neighbours in time share weights and token rows in L2.
-    static constexpr int kRaster = 8;
+    static constexpr uint32_t kRaster = 8;
+    // Items a block knows ahead: it takes the first kAhead at fixed places, then whatever is next when it gets there.
+    // Between the producer and the slowest math warp lie at most kStages + kAhead of them.
+    static constexpr uint32_t kAhead = 3, kItems = 16;
+    // In tiles of few steps the second warpgroup starts kLag steps late: one's results leave during the other's math.
+    static constexpr int32_t kLag = 2, kLagSteps = 4;
 
-    static_assert(kTileK == 64, "a row of a stage is the 128 bytes of the swizzle");
-    static_assert(kRows == 128 && kCols == 256, "two warpgroups of m64n256");
+    static_assert(kTileK == MOE_MAP_COLS, "a row of a stage is the 128 bytes of the swizzle");
+    static_assert(kRows == 128 && (kCols == 256 || kCols == 192), "two warpgroups; wgmma() below");
     static_assert(kPassRows == 16, "copy_tile: 16 rows a pass");
 
     struct shared {
         alignas(1024) unsigned char token[kStages][kTokenBytes];
         alignas(1024) unsigned char weight[kStages][kWeightBytes];
-        // landed: the copies of a stage, one arrival per producer thread; read: its wgmma are done, one per math warp
+        alignas(128) unsigned char out[kRows][kOutPitch];
+        // landed: all bytes of a stage and every gathering thread; read: its wgmma are done, one per math warp
         alignas(8) uint64_t landed[kStages];
         uint64_t read[kStages];
+        uint32_t item
+            [kItems];  // of tile n at n % kItems: written by the producer before tile n - 2 lands
+        uint64_t turn; // the first math warpgroup is kLag steps into a tile, one arrival per warp
     };
-    static_assert(sizeof(shared) <= MOE_GEMM_SMEM_BYTES(kRows, kCols, kTileK, kStages),
+    static_assert(sizeof(shared) <= MOE_GEMM_SMEM_BYTES_sm90a(kRows, kCols, kTileK, kStages),
                   "the host launches with the size that its macro gives");
 
     // Where a thread or warp is in the ring; goes on from tile to tile.
@@ -68,85 +79,121 @@ struct gemm_wgmma {
         int32_t expert, row_begin, num_rows, col_begin; // num_rows < 0: past the end of the list
     };
 
-    // Item `item` of the list: all column tiles of kRaster tiles, then the next kRaster tiles.
-    static __device__ __forceinline__ work find_work(uint32_t item, const moe_tile *tiles,
-                                                     uint32_t num_tiles, uint32_t col_tiles,
-                                                     int64_t num_slots)
-    {
-        uint32_t group = item / (kRaster * col_tiles);
-        if (group * kRaster >= num_tiles) return {0, 0, -1, 0};
-        uint32_t in_group = item - group * (kRaster * col_tiles);
-        uint32_t group_tiles = min(static_cast<uint32_t>(kRaster), num_tiles - group * kRaster);
-        uint32_t col = in_group / group_tiles;
-        if (col >= col_tiles) return {0, 0, -1, 0}; // the last group is smaller
-        uint32_t tile = group * kRaster + in_group - col * group_tiles;
-        int4 found = __ldcg(reinterpret_cast<const int4 *>(tiles + tile));
-        int32_t rows =
-            static_cast<int32_t>(min(static_cast<int64_t>(found.z), num_slots - found.y));
-        return {found.x, found.y, max(rows, 0), static_cast<int32_t>(col * kCols)};
-    }
+    // The list as items: all column tiles of kRaster entries, then of the next kRaster entries.
+    struct list {
+        const moe_tile *tiles;
+        int64_t num_slots;
+        uint32_t num_tiles, col_tiles;
 
-    // ---------------------------------------------------------------------------------------------
-    // The producer warpgroup. Thread t copies chunk t % kChunks of rows t / kChunks + pass * kPassRows.
-    // ---------------------------------------------------------------------------------------------
-
-    // The column of the tile whose weight row lies at row n of the ring. wgmma gives a thread columns
-    // 8 j + 2 q and + 1 (q = lane % 4): four j in a row become 8 neighbouring columns.
-    static __device__ __forceinline__ int32_t column_of(int32_t n)
-    {
-        return (n & ~31) + ((n & 6) << 2) + ((n >> 3 & 3) << 1) + (n & 1);
-    }
-
-    template <class RowOf>
-    static __device__ __forceinline__ void copy_tile(shared &smem, position &at, const work &work,
-                                                     const weight_rows &rows, int32_t k_size,
-                                                     RowOf row_of)
-    {
-        int32_t thread = threadIdx.x - kMathThreads;
-        int32_t row = thread / kChunks, k = thread % kChunks * 8;
-        uint32_t offset = row * (kTileK * 2) + ((thread % kChunks ^ (row & 7)) << 4);
-
-        const unsigned char *token[kTokenPasses];
-        uint32_t token_valid = 0;
-#pragma unroll
-        for (int pass = 0; pass < kTokenPasses; ++pass) {
-            const element *from = row_of(row + pass * kPassRows);
-            token[pass] = reinterpret_cast<const unsigned char *>(from + k);
-            if (from) token_valid |= 1u << pass;
+        template <class Args>
+        __device__ __forceinline__ list(const Args &args, int32_t num_cols)
+            : tiles(args.tiles), num_slots(args.num_slots),
+              num_tiles(min(__ldcg(args.num_tiles), args.max_tiles)),
+              col_tiles((static_cast<uint32_t>(num_cols) + kCols - 1) / kCols)
+        {
         }
 
-        int32_t col = work.col_begin + column_of(row);
-        const unsigned char *weight = reinterpret_cast<const unsigned char *>(
-            static_cast<const element *>(rows.base) + rows.row(col) * rows.stride + k);
-        // Pass 2 p + 1 is 4 columns after pass 2 p, pass 2 p + 2 another 28.
-        int64_t row_bytes = (rows.split ? 2 : 4) * rows.stride * int64_t{sizeof(element)};
-        uint32_t weight_valid = 0;
-#pragma unroll
-        for (int pass = 0; pass < kWeightPasses; ++pass)
-            if (col + pass / 2 * 32 + pass % 2 * 4 < rows.num_cols) weight_valid |= 1u << pass;
+        __device__ __forceinline__ work find(uint32_t item) const
+        {
+            uint32_t group = item / (kRaster * col_tiles);
+            if (group * kRaster >= num_tiles) return {0, 0, -1, 0};
+            uint32_t in_group = item - group * (kRaster * col_tiles);
+            uint32_t group_tiles = min(kRaster, num_tiles - group * kRaster);
+            uint32_t col = in_group / group_tiles;
+            if (col >= col_tiles) return {0, 0, -1, 0}; // the last group is smaller
+            uint32_t tile = group * kRaster + in_group - col * group_tiles;
+            int4 found = __ldcg(reinterpret_cast<const int4 *>(tiles + tile));
+            int32_t rows =
+                static_cast<int32_t>(min(static_cast<int64_t>(found.z), num_slots - found.y));
+            return {found.x, found.y, max(rows, 0), static_cast<int32_t>(col * kCols)};
+        }
+    };
 
-        for (int32_t left = k_size - k, end = -k; left > end; left -= kTileK) {
-            mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
-            uint32_t tokens_to = shared_address(smem.token[at.stage]) + offset;
-            uint32_t weights_to = shared_address(smem.weight[at.stage]) + offset;
-            uint32_t tokens_valid = left > 0 ? token_valid : 0;
-            uint32_t weights_valid = left > 0 ? weight_valid : 0;
+    // ---------------------------------------------------------------------------------------------
+    // The producer warpgroup. Gathering, thread t copies chunk t % kChunks of rows t / kChunks + pass * kPassRows;
+    // its first thread gives the copy engine its work.
+    // ---------------------------------------------------------------------------------------------
+
+    template <class Problem>
+    static __device__ __forceinline__ void
+    copy_boxes(shared &smem, uint32_t stage, const work &work, int32_t k, const Problem &problem)
+    {
+        uint32_t landed = shared_address(&smem.landed[stage]);
+        uint32_t bytes = kWeightBytes;
+        if constexpr (!kGather) bytes += work.num_rows > 64 ? kTokenBytes : kTokenBytes / 2;
+        mbarrier_arrive_expect_tx(landed, bytes);
+        if constexpr (!kGather) {
+            uint32_t to = shared_address(smem.token[stage]);
+            tensor_copy_4d(to, problem.tokens, k, work.row_begin, 0, 0, landed);
+            if (work.num_rows > 64)
+                tensor_copy_4d(to + kTokenBytes / 2, problem.tokens, k, work.row_begin + 64, 0, 0,
+                               landed);
+        }
+        uint32_t to = shared_address(smem.weight[stage]);
 #pragma unroll
-            for (int pass = 0; pass < kTokenPasses; ++pass) {
-                cp_async_16_wide(tokens_to + pass * (kPassRows * kTileK * 2), token[pass],
-                                 (tokens_valid >> pass & 1) << 4);
-                token[pass] += kTileK * 2;
-            }
-            const unsigned char *from = weight;
+        for (int part = 0; part < 2; ++part) {
+            int2 at = problem.box(work.col_begin, part, kBoxRows);
+            tensor_copy_4d(to + part * (kWeightBytes / 2), problem.weights, k, at.x, at.y,
+                           work.expert, landed);
+        }
+    }
+
+    static constexpr int kPasses = kGather ? kRows / kPassRows : 1;
+
+    // What a gathering thread needs to know of a tile's rows, asked for a tile ahead.
+    template <class Problem>
+    static __device__ __forceinline__ void load_slots(int32_t (&slot)[kPasses], const work &work,
+                                                      const Problem &problem)
+    {
+        if constexpr (kGather) {
+            int32_t row = (threadIdx.x - kMathThreads) / kChunks;
 #pragma unroll
-            for (int pass = 0; pass < kWeightPasses; ++pass) {
-                cp_async_16_wide(weights_to + pass * (kPassRows * kTileK * 2), from,
-                                 (weights_valid >> pass & 1) << 4);
-                from += pass % 2 ? 7 * row_bytes : row_bytes;
+            for (int pass = 0; pass < kPasses; ++pass, row += kPassRows)
+                slot[pass] =
+                    row < work.num_rows ? problem.args.sorted_token_ids[work.row_begin + row] : -1;
+        }
+    }
+
+    template <class Problem>
+    static __device__ __forceinline__ void
+    copy_tile(shared &smem, position &at, const work &work, int32_t (&slot)[kPasses],
+              const typename gemm_wgmma::work &next, const Problem &problem)
+    {
+        int32_t thread = threadIdx.x - kMathThreads;
+        if constexpr (!kGather) {
+            for (int32_t k = 0; k < problem.k_size; k += kTileK, at.next()) {
+                mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
+                copy_boxes(smem, at.stage, work, k, problem);
             }
-            weight += kTileK * 2;
-            cp_async_arrive(shared_address(&smem.landed[at.stage]));
-            at.next();
+        } else {
+            int32_t row = thread / kChunks, chunk = thread % kChunks * 8;
+            uint32_t offset = row * (kTileK * 2) + ((thread % kChunks ^ (row & 7)) << 4);
+            const unsigned char *token[kPasses];
+            uint32_t token_valid = 0;
+#pragma unroll
+            for (int pass = 0; pass < kPasses; ++pass) {
+                const element *from = problem.token_row(slot[pass]);
+                token[pass] = reinterpret_cast<const unsigned char *>(from + chunk);
+                if (from) token_valid |= 1u << pass;
+            }
+            load_slots(slot, next, problem);
+            for (int32_t k = 0; k < problem.k_size; k += kTileK, at.next()) {
+                mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
+                if (thread == 0) copy_boxes(smem, at.stage, work, k, problem);
+                uint32_t to = shared_address(smem.token[at.stage]) + offset;
+                uint32_t valid = k + chunk < problem.k_size ? token_valid : 0;
+                auto copy = [&](int first) {
+#pragma unroll
+                    for (int pass = first; pass < first + kPasses / 2; ++pass) {
+                        cp_async_16_wide(to + pass * (kPassRows * kTileK * 2), token[pass],
+                                         (valid >> pass & 1) << 4);
+                        token[pass] += kTileK * 2;
+                    }
+                };
+                if (work.num_rows > 0) copy(0);
+                if (work.num_rows > 64) copy(kPasses / 2);
+                cp_async_arrive(shared_address(&smem.landed[at.stage]));
+            }
         }
     }
 
@@ -157,10 +204,11 @@ struct gemm_wgmma {
     static __device__ __forceinline__ void wgmma(float (&sums)[kSums], uint64_t token,
                                                  uint64_t weight, int32_t scale_d)
     {
-        if constexpr (Type::kDtype == MOE_BF16)
-            wgmma_m64n256k16_bf16(sums, token, weight, scale_d);
-        else
-            wgmma_m64n256k16_f16(sums, token, weight, scale_d);
+        constexpr bool kBf16 = Type::kDtype == MOE_BF16;
+        if constexpr (kCols == 256 && kBf16) wgmma_m64n256k16_bf16(sums, token, weight, scale_d);
+        if constexpr (kCols == 256 && !kBf16) wgmma_m64n256k16_f16(sums, token, weight, scale_d);
+        if constexpr (kCols == 192 && kBf16) wgmma_m64n192k16_bf16(sums, token, weight, scale_d);
+        if constexpr (kCols == 192 && !kBf16) wgmma_m64n192k16_f16(sums, token, weight, scale_d);
     }
 
     static __device__ __forceinline__ void release(shared &smem, uint32_t stage)
@@ -169,13 +217,19 @@ struct gemm_wgmma {
         if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&smem.read[stage]));
     }
 
-    // All of K. after_first: what to ask memory for while the first products are under way.
+    // All of K. after_first: to be done while the first products are under way, if there are any.
     template <class AfterFirst>
-    static __device__ __forceinline__ void multiply(float (&sums)[kSums], shared &smem,
-                                                    position &at, int32_t num_rows,
-                                                    int32_t num_steps, AfterFirst after_first)
+    static __device__ __forceinline__ void
+    multiply(float (&sums)[kSums], shared &smem, position &at, int32_t num_rows, int32_t num_steps,
+             uint32_t &turn, AfterFirst after_first)
     {
         uint32_t group = threadIdx.x / 128;
+        // The ring does not hold so much that the first could be two turns ahead of the second.
+        bool staggered = num_rows > 64 && num_steps <= kLagSteps && num_steps + kLag > kStages;
+        if (staggered && group == 1) {
+            mbarrier_wait(shared_address(&smem.turn), turn);
+            turn ^= 1;
+        }
         if (static_cast<int32_t>(group * 64) >= num_rows) { // nothing but padding
             for (int32_t step = 0; step < num_steps; ++step) {
                 mbarrier_wait(shared_address(&smem.landed[at.stage]), at.parity);
@@ -187,7 +241,8 @@ struct gemm_wgmma {
         uint32_t before = 0;
         for (int32_t step = 0; step < num_steps; ++step) {
             mbarrier_wait(shared_address(&smem.landed[at.stage]), at.parity);
-            fence_proxy_async(); // cp.async writes through the generic proxy, wgmma reads through the other
+            // cp.async writes through the generic proxy, wgmma reads through the other
+            if constexpr (kGather) fence_proxy_async();
             uint64_t token =
                 wgmma_descriptor(shared_address(smem.token[at.stage]) + group * (64 * kTileK * 2));
             uint64_t weight = wgmma_descriptor(shared_address(smem.weight[at.stage]));
@@ -196,6 +251,8 @@ struct gemm_wgmma {
             for (int k = 0; k < kTileK / 16; ++k)
                 wgmma(sums, token + k * 2, weight + k * 2, step + k);
             wgmma_commit();
+            if (staggered && group == 0 && step == kLag - 1 && threadIdx.x % 32 == 0)
+                mbarrier_arrive(shared_address(&smem.turn));
             if (step == 0) {
                 after_first();
             } else {
@@ -209,43 +266,73 @@ struct gemm_wgmma {
         release(smem, before);
     }
 
-    // write(half, row, col, z): columns col .. col + 7 of row `row` of the tile, this thread's alone.
-    // kUnroll: straight from the registers; else one copy of write's code, and moves.
-    template <bool kUnroll, class Write>
-    static __device__ __forceinline__ void each_run(const float (&sums)[kSums], int32_t num_rows,
-                                                    Write write)
+    // ---------------------------------------------------------------------------------------------
+    // Results. wgmma gives lane l of warp w rows 16 w + l / 4 and + 8 ("half" 0 and 1) and of each block j of 8
+    // columns 2 (l % 4) and + 1: sums[4 j + 2 half] and the next.
+    // ---------------------------------------------------------------------------------------------
+
+    // The column of a lane's first sum of block j.
+    static __device__ __forceinline__ int32_t lane_col(int32_t j)
     {
-        int32_t lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
-#pragma unroll(kUnroll ? 2 * kRuns : 1)
-        for (int item = 0; item < 2 * kRuns; ++item) {
-            int half = item / kRuns, run = item % kRuns;
-            if (row + half * 8 >= num_rows) break;
-            float z[8];
-#pragma unroll
-            for (int from = 0; from < 2 * kRuns; ++from)
-#pragma unroll
-                for (int i = 0; i < 8; ++i)
-                    if (from == item)
-                        z[i] = sums[from % kRuns * 16 + i / 2 * 4 + from / kRuns * 2 + i % 2];
-            write(half, row + half * 8, run * 32 + lane % 4 * 8, z);
-        }
+        return j * 8 + threadIdx.x % 4 * 2;
     }
+
+    // Blocks j and j + 1 of the warp's 16 rows, of the kOutCols / 8 that shared memory holds:
+    // pairs[2 (j' - j) + half] is two rounded neighbours.
+    static __device__ __forceinline__ void out_put(shared &smem, int32_t j,
+                                                   const uint32_t (&pairs)[4])
+    {
+        int32_t lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
+        stmatrix_x4(shared_address(smem.out[row]) + (j + lane / 16) * 16, pairs);
+    }
+
+    // The warp's rows go to base + (row_begin + row) * stride + col, those columns below num_cols: rows in one piece,
+    // 16 bytes a lane.
+    static __device__ __forceinline__ void out_copy(shared &smem, const work &work, void *base,
+                                                    int64_t stride, int32_t col, int32_t num_cols)
+    {
+        constexpr int kLanes = kOutCols / 8, kAtOnce = 32 / kLanes; // lanes for a row; rows at once
+        int32_t lane = threadIdx.x % 32, chunk = lane % kLanes * 8;
+        int32_t begin = threadIdx.x / 32 * 16, row = begin + lane / kLanes;
+        int32_t end = min(work.num_rows, begin + 16);
+        if (lane >= kLanes * kAtOnce || chunk >= num_cols - col) end = 0;
+        element *to =
+            static_cast<element *>(base) + (int64_t{work.row_begin} + row) * stride + col + chunk;
+        __syncwarp();
+#pragma unroll
+        for (int r = 0; r < 16; r += kAtOnce) {
+            if (row + r < end) {
+                uint4 held = *reinterpret_cast<const uint4 *>(&smem.out[row + r][chunk * 2]);
+                if constexpr (kGather)
+                    *reinterpret_cast<uint4 *>(to) = held; // down reads it soon
+                else
+                    __stcs(reinterpret_cast<uint4 *>(to), held); // more than L2 holds
+            }
+            to += kAtOnce * stride;
+        }
+        __syncwarp(); // before the next put
+    }
+
+    static __device__ __forceinline__ void producer_sync() { named_barrier_sync(1, kCopyThreads); }
 
     static __device__ __forceinline__ void start(shared &smem)
     {
         if (threadIdx.x == 0) {
 #pragma unroll
             for (int stage = 0; stage < kStages; ++stage) {
-                mbarrier_init(shared_address(&smem.landed[stage]), kCopyThreads);
+                mbarrier_init(shared_address(&smem.landed[stage]), kGather ? kCopyThreads + 1 : 1);
                 mbarrier_init(shared_address(&smem.read[stage]), kMathThreads / 32);
             }
+            mbarrier_init(shared_address(&smem.turn), 4);
             fence_proxy_async();
         }
         __syncthreads();
     }
 
-    // All tiles of this block. Problem: rows_of(expert) -> weight_rows; token_row(work, r) -> pointer to token
-    // row r of the tile, NULL: zeros; write(work, sums, weight of this thread's two rows); args, num_cols, k_size.
+    // All tiles of this block. Problem: weights, tokens: the maps; box(col, part, rows) -> coordinates of half the
+    // weights of a tile; token_row(slot) -> pointer to the token row of a slot, NULL: zeros;
+    // write(smem, work, sums, weight of this thread's two rows); args, num_cols, k_size; kTaken: which
+    // number behind num_tiles counts the items taken.
     template <class Problem>
     static __device__ __forceinline__ void run(shared &smem, const Problem &problem)
     {
@@ -253,47 +340,65 @@ struct gemm_wgmma {
         start(smem);
         grid_dependency_wait();
         grid_launch_dependents();
-        uint32_t num_tiles = min(__ldcg(args.num_tiles), args.max_tiles);
-        uint32_t col_tiles = (static_cast<uint32_t>(problem.num_cols) + kCols - 1) / kCols;
         int32_t num_steps = (problem.k_size + kTileK - 1) / kTileK;
         position at;
-        uint32_t item = blockIdx.x;
-        auto find = [&] {
-            return find_work(item, args.tiles, num_tiles, col_tiles, args.num_slots);
-        };
-        work work = find();
+        const list list(args, problem.num_cols);
+        uint32_t item = blockIdx.x, tile = 0;
+        work work = list.find(item), next = list.find(item + gridDim.x);
 
         if (threadIdx.x >= kMathThreads) {
             set_registers_fewer<kCopyRegisters>();
-            while (work.num_rows >= 0) {
-                item += gridDim.x;
-                auto next = find();
-                copy_tile(smem, at, work, problem.rows_of(work.expert), problem.k_size,
-                          [&](int32_t r) { return problem.token_row(work, r); });
+            int32_t slot[kPasses];
+            load_slots(slot, work, problem);
+            item += 2 * gridDim.x;
+            // items of this stage that are taken; align has set it to 0
+            int32_t *taken = const_cast<int32_t *>(args.num_tiles) + Problem::kTaken;
+            for (; work.num_rows >= 0 && (kGather || threadIdx.x == kMathThreads); ++tile) {
+                if (threadIdx.x == kMathThreads) {
+                    smem.item[(tile + 2) % kItems] = item;
+                    item = kAhead * gridDim.x + atomicAdd(taken, 1);
+                }
+                if constexpr (kGather) producer_sync();
+                auto after = list.find(smem.item[(tile + 2) % kItems]);
+                copy_tile(smem, at, work, slot, next, problem);
                 work = next;
+                next = after;
             }
-            return;
-        }
-        set_registers_more<kMathRegisters>();
-        int32_t lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
-        while (work.num_rows >= 0) {
-            item += gridDim.x;
-            auto next = find();
+        } else {
+            set_registers_more<kMathRegisters>();
+            int32_t lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+            float weight[2] = {1.0f, 1.0f}; // of this thread's two rows
             int32_t slot[2];
-            float weight[2] = {1.0f, 1.0f}, sums[kSums];
-#pragma unroll
-            for (int half = 0; half < 2; ++half)
-                slot[half] = args.topk_weights && row + half * 8 < work.num_rows
-                                 ? args.sorted_token_ids[work.row_begin + row + half * 8]
-                                 : -1;
-            multiply(sums, smem, at, work.num_rows, num_steps, [&] {
+            uint32_t turn = 0;
+            auto load_slot = [&](const auto &of) {
                 if (!args.topk_weights) return;
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
-                    weight[half] = weight_of(slot[half], args);
-            });
-            problem.template write<gemm_wgmma>(work, sums, weight);
-            work = next;
+                    slot[half] = row + half * 8 < of.num_rows
+                                     ? args.sorted_token_ids[of.row_begin + row + half * 8]
+                                     : -1;
+            };
+            auto load_weight = [&](float(&to)[2]) {
+                if (!args.topk_weights) return;
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    to[half] = weight_of(slot[half], args);
+            };
+            load_slot(work);
+            load_weight(weight);
+            for (; work.num_rows >= 0; ++tile) {
+                mbarrier_wait(shared_address(&smem.landed[at.stage]), at.parity);
+                auto after = list.find(smem.item[(tile + 2) % kItems]);
+                float sums[kSums], next_weight[2] = {1.0f, 1.0f};
+                bool active = static_cast<int32_t>(threadIdx.x / 128 * 64) < work.num_rows;
+                if (!active) load_slot(next);
+                multiply(sums, smem, at, work.num_rows, num_steps, turn, [&] { load_slot(next); });
+                load_weight(next_weight);
+                if (active) problem.template write<gemm_wgmma>(smem, work, sums, weight);
+                weight[0] = next_weight[0], weight[1] = next_weight[1];
+                work = next;
+                next = after;
+            }
         }
     }
 };

@@ -170,7 +170,7 @@ typedef struct moe_align_args {
     int32_t *sorted_token_ids; /* [num_slots], written below num_rows: row -> token * topk + slot */
     int32_t *row_of_slot;      /* [num_slots], written: slot -> row, -1 where dropped */
     moe_tile *tiles;           /* [max_tiles], written below num_tiles, or NULL (CPU) */
-    int32_t *num_tiles;        /* [1], written, or NULL (CPU) */
+    int32_t *num_tiles; /* [3], written: tiles; 0, 0: taken by gate_up, by down; or NULL (CPU) */
     int32_t *counts;    /* [num_blocks, num_experts] scratch, or NULL where num_blocks is 1 */
     int64_t ids_stride; /* from row to row */
     int64_t expert_start;
@@ -307,8 +307,8 @@ typedef struct moe_down_decode_args {
     int64_t out_stride;
     float scale;
     int32_t vector;     /* rows of out and shared_output are 8-byte aligned */
-    int32_t box_chunks;  /* pieces of K in one copy, 1 .. 8 */
-    int32_t copies;      /* of a stage */
+    int32_t box_chunks; /* pieces of K in one copy, 1 .. 8 */
+    int32_t copies;     /* of a stage */
     int32_t ring_stages;
     int32_t reserved;
 } moe_down_decode_args;
@@ -341,6 +341,14 @@ typedef struct moe_combine_args {
 #define MOE_GEMM_PRODUCERS_sm90a_decode 2 /* one copies, one writes (gate_up) */
 #define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)                                                 \
     ((stages) * ((rows) + (cols)) * (k) * 2 + (rows) * 8)
+/* The ring, half the tile's columns of rounded results, barriers. */
+#define MOE_GEMM_OUT_COLS_sm90a(cols) ((cols) / 2)
+#define MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)                                           \
+    (((stages) * ((rows) + (cols)) * (k) * 2 + (rows) * (2 * MOE_GEMM_OUT_COLS_sm90a(cols) + 16) + \
+      16 * (stages) + 1023) /                                                                      \
+     1024 * 1024)
+#define MOE_GEMM_SMEM_sm80(rows, cols, k, stages)  MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)
+#define MOE_GEMM_SMEM_sm90a(rows, cols, k, stages) MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)
 #define MOE_GEMM_GRID(max_tiles, weight_rows, cols)                                                \
     ((int64_t)(max_tiles) * (((int64_t)(weight_rows) + (cols) - 1) / (cols)))
 
@@ -362,18 +370,19 @@ typedef struct moe_combine_args {
 #define MOE_GEMM_WEIGHT_BOX_sm80(cols)         0
 #define MOE_GEMM_TOKEN_BOX_sm80(rows)          0
 #define MOE_GEMM_WEIGHT_BOX_sm90a(cols)        ((cols) / 2)
-#define MOE_GEMM_TOKEN_BOX_sm90a(rows)         (rows)
+#define MOE_GEMM_TOKEN_BOX_sm90a(rows)         64
 #define MOE_GEMM_WEIGHT_BOX_sm90a_decode(cols) (cols)
 #define MOE_GEMM_TOKEN_BOX_sm90a_decode(rows)  0
 
 /* Thread blocks of the other stages. */
-#define MOE_ALIGN_THREADS     512
-#define MOE_ALIGN_ONE_SLOTS   2048 /* up to here moe_align_one; above: count, scan, place */
-#define MOE_ALIGN_BLOCK_SLOTS 512  /* slots per block of count and place, until there are */
-#define MOE_ALIGN_MAX_BLOCKS  64   /* so many blocks: scan walks over all of them */
-#define MOE_ROUTE_THREADS     128  /* one warp per token: ceil(num_tokens / 4) blocks */
-#define MOE_COMBINE_THREADS   128 /* 8 columns each: num_tokens * ceil(hidden_size / 1024) blocks */
-#define MOE_COMBINE_COLS      (8 * MOE_COMBINE_THREADS)
+#define MOE_ALIGN_THREADS       512
+#define MOE_ALIGN_ONE_SLOTS     2048 /* up to here moe_align_one; above: count, scan, place */
+#define MOE_ALIGN_BLOCK_SLOTS   512  /* slots per block of count and place, until there are */
+#define MOE_ALIGN_MAX_BLOCKS    64   /* so many blocks: scan walks over all of them */
+#define MOE_ROUTE_THREADS       128  /* one warp per token: ceil(num_tokens / 4) blocks */
+#define MOE_COMBINE_THREADS     128 /* 8 columns each: num_tokens * ceil(hidden_size / 1024) blocks */
+#define MOE_COMBINE_COLS        (8 * MOE_COMBINE_THREADS)
+#define MOE_COMBINE_MANY_TOKENS 4096 /* from here on a block takes several of up to 2 slots */
 
 #ifdef __cplusplus
 #define MOE_ASSERT_SIZE(type, bytes)                                                               \

@@ -81,6 +81,20 @@ __device__ __forceinline__ void mma_m16n8k16_f16(float (&d)[4], const uint32_t (
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// ex2.approx.ftz, "ex2": 2^x; 0 where that is below 2^-126. Each thread for itself.
+__device__ __forceinline__ float exp2_approx(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// barrier.sync, "barrier": named barrier `id` (1 .. 15) of `threads` threads, whole warps.
+__device__ __forceinline__ void named_barrier_sync(uint32_t id, uint32_t threads)
+{
+    asm volatile("barrier.sync %0, %1;" :: "r"(id), "r"(threads) : "memory");
+}
+
 // griddepcontrol.wait, "griddepcontrol": until the grids before this one are complete and their writes
 // visible. Every thread, before it reads what they wrote and before it writes anything. Without
 // programmatic dependent launch (and below sm_90) there is nothing to wait for.

@@ -232,7 +232,7 @@ def test_parts_of_the_workspace_do_not_overlap(options):
             "topk_ids": slots * 4,
             "topk_weights": slots * 4,
             "tiles": p["max_tiles"] * 16,
-            "num_tiles": 4,
+            "num_tiles": 12,
             "counts": p["align_blocks"] * 128 * 4,
             "intermediate": slots * p["intermediate_stride"] * element,
             "rows": slots * p["rows_stride"] * element,

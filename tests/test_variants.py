@@ -4,6 +4,8 @@ The plan takes the large tiles for large layers only, which an oracle in float64
 plans are held to one tile height at a time, so that each variant meets small layers of every kind.
 """
 
+import threading
+
 import numpy as np
 import pytest
 from fusedmoe import _C, reference
@@ -89,6 +91,16 @@ def test_bad_token_touches_its_row_only(variant, seed):
     layer = make_layer(seed, 140, 136, 72, 2, 1)
     layer.hidden_states[77] = np.nan
     check_layer(variant, layer)
+
+
+def test_thread_without_context(variant, seed):
+    """Tensor maps are encoded in a thread that never made a CUDA context current."""
+    layer, results = make_layer(seed, 140, 136, 72, 2, 2), []
+    want = run_layer(variant, layer)
+    thread = threading.Thread(target=lambda: results.append(run_layer(variant, layer)))
+    thread.start()
+    thread.join()
+    assert same_bits(results[0], want)
 
 
 def test_same_bits_every_time(variant, seed):

@@ -111,7 +111,8 @@ typedef struct moe_tensor_key {
     uint32_t box_rows, box_halves, box_chunks;
 } moe_tensor_key;
 
-/* The map of key, 128-byte swizzle, zeros outside of the dimensions. Any thread; key without padding bytes. */
+/* The map of key, 128-byte swizzle, zeros outside of the dimensions. Any thread that has entered the context: without
+ * one the driver encodes nothing. */
 int moe_tensor_map_get(const moe_driver *driver, int device, const moe_tensor_key *key,
                        CUtensorMap *map, moe_error *err);
 

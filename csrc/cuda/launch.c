@@ -19,8 +19,12 @@ enum {
     KERNEL_ALIGN_PLACE,
     KERNEL_ALIGN_TILES,
     KERNEL_ALIGN_PAD,
-    KERNEL_COMBINE_BF16,
+    KERNEL_COMBINE_BF16, /* F16 follows each */
     KERNEL_COMBINE_F16,
+    KERNEL_COMBINE_BF16_2,
+    KERNEL_COMBINE_F16_2,
+    KERNEL_COMBINE_BF16_4,
+    KERNEL_COMBINE_F16_4,
     KERNEL_COMBINE_BF16_ANY,
     KERNEL_COMBINE_F16_ANY,
     KERNEL_HOPPER_PROBE,
@@ -46,8 +50,8 @@ enum {
 #define FILE_sm90a(stage)           stage "_sm90a"
 #define FILE_sm90a_decode(stage)    stage "_decode_sm90a"
 /* dynamic shared memory, at most */
-#define SMEM_sm80(rows, cols, k, stages)         MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)
-#define SMEM_sm90a(rows, cols, k, stages)        MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)
+#define SMEM_sm80(rows, cols, k, stages)         MOE_GEMM_SMEM_sm80(rows, cols, k, stages)
+#define SMEM_sm90a(rows, cols, k, stages)        MOE_GEMM_SMEM_sm90a(rows, cols, k, stages)
 #define SMEM_sm90a_decode(rows, cols, k, stages) (227 * 1024)
 
 static const moe_kernel_row KERNELS[] = {
@@ -61,6 +65,10 @@ static const moe_kernel_row KERNELS[] = {
     [KERNEL_ALIGN_PAD] = {"moe_align_pad", "align", 0, 80, sizeof(moe_pad_args)},
     [KERNEL_COMBINE_BF16] = {"moe_combine_bf16", "combine", 0, 80, sizeof(moe_combine_args)},
     [KERNEL_COMBINE_F16] = {"moe_combine_f16", "combine", 0, 80, sizeof(moe_combine_args)},
+    [KERNEL_COMBINE_BF16_2] = {"moe_combine_bf16_2", "combine", 0, 80, sizeof(moe_combine_args)},
+    [KERNEL_COMBINE_F16_2] = {"moe_combine_f16_2", "combine", 0, 80, sizeof(moe_combine_args)},
+    [KERNEL_COMBINE_BF16_4] = {"moe_combine_bf16_4", "combine", 0, 80, sizeof(moe_combine_args)},
+    [KERNEL_COMBINE_F16_4] = {"moe_combine_f16_4", "combine", 0, 80, sizeof(moe_combine_args)},
     [KERNEL_COMBINE_BF16_ANY] = {"moe_combine_bf16_any", "combine", 0, 80,
                                  sizeof(moe_combine_args)},
     [KERNEL_COMBINE_F16_ANY] = {"moe_combine_f16_any", "combine", 0, 80, sizeof(moe_combine_args)},
@@ -159,11 +167,15 @@ static int launch_mapped(int kernel, const geometry *g, void *args, const moe_te
     config.numAttrs = g->dependent && state->kernels[kernel].dependent;
     CUtensorMap maps[MOE_MAX_MAPS];
     void *params[1 + MOE_MAX_MAPS] = {args};
-    for (int i = 0; i < KERNELS[kernel].maps; ++i) {
-        if (moe_tensor_map_get(driver, device, &keys[i], &maps[i], err)) return err->status;
+    if (moe_context_enter(driver, state, &pushed, err)) return err->status;
+    for (int i = 0; i < KERNELS[kernel].maps && !err->status; ++i) {
+        moe_tensor_map_get(driver, device, &keys[i], &maps[i], err);
         params[i + 1] = &maps[i];
     }
-    if (moe_context_enter(driver, state, &pushed, err)) return err->status;
+    if (err->status) {
+        moe_context_leave(driver, pushed);
+        return err->status;
+    }
     CUresult code = driver->cuLaunchKernelEx(&config, function, params, NULL);
     if (code != CUDA_SUCCESS) {
         char what[96];
@@ -330,10 +342,14 @@ int moe_cuda_combine(const moe_plan *plan, const moe_combine_args *args, int dev
                      moe_error *err)
 {
     moe_combine_args a = *args;
-    bool vector = plan->combine_vector_bytes == 16, bf16 = a.dtype == MOE_BF16;
-    int kernel = vector ? (bf16 ? KERNEL_COMBINE_BF16 : KERNEL_COMBINE_F16)
-                        : (bf16 ? KERNEL_COMBINE_BF16_ANY : KERNEL_COMBINE_F16_ANY);
-    int64_t blocks = a.num_tokens * ceil_div(a.hidden_size, MOE_COMBINE_COLS);
+    bool vector = plan->combine_vector_bytes == 16;
+    int kernel = vector ? KERNEL_COMBINE_BF16 : KERNEL_COMBINE_BF16_ANY, tokens = 1;
+    if (vector && a.topk <= 4 && a.num_tokens >= MOE_COMBINE_MANY_TOKENS) {
+        kernel = a.topk <= 2 ? KERNEL_COMBINE_BF16_2 : KERNEL_COMBINE_BF16_4;
+        tokens = a.topk <= 2 ? 4 : 2;
+    }
+    if (a.dtype != MOE_BF16) ++kernel;
+    int64_t blocks = ceil_div(a.num_tokens, tokens) * ceil_div(a.hidden_size, MOE_COMBINE_COLS);
     const geometry g = {blocks < (1 << 30) ? blocks : 1 << 30, MOE_COMBINE_THREADS, 0, true};
     return launch(kernel, &g, &a, device, stream, err);
 }
