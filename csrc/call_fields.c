@@ -29,6 +29,7 @@ const moe_call_tensor moe_call_tensors[MOE_CALL_TENSORS] = {
     TENSOR(expert_ids),
     TENSOR(num_tokens_post_padded),
     TENSOR(counts),
+    TENSOR(packed),
     TENSOR(out),
     TENSOR(workspace),
 };
@@ -55,6 +56,7 @@ const moe_call_scalar moe_call_scalars[MOE_CALL_SCALARS] = {
     CHOICE(combine, MOE_COMBINE_SUM, MOE_NO_COMBINE_UNWEIGHTED),
     FLAG(deterministic),
     COUNT(expert_start),
+    COUNT(first_shared_id),
     FLAG(gated),
     FLAG(has_alpha),
     FLAG(has_expert_start),

@@ -63,6 +63,7 @@ typedef enum moe_operation {
     MOE_OP_FUSED_MOE,
     MOE_OP_ROUTE,
     MOE_OP_ALIGN,
+    MOE_OP_ROUTE_ALIGN,
     MOE_OP_ALIGN_BLOCK, /* align, then padded to blocks or counted */
     MOE_OP_GATE_UP,
     MOE_OP_DOWN,
@@ -93,6 +94,7 @@ typedef struct moe_options {
     int32_t shared;       /* MOE_SHARED_*, where num_shared > 0 */
     int32_t weights_dtype;
     int64_t num_shared, num_zero_experts, num_groups, topk_groups;
+    int64_t first_shared_id;       /* -1: the number of experts */
     double shared_weight, softcap; /* softcap 0: none */
 } moe_options;
 
@@ -116,6 +118,7 @@ typedef struct moe_call {
     /* what routing reads beside the logits */
     moe_tensor correction_bias, expert_scale, num_token_non_padded, routing_map, replica_map;
     moe_tensor tid2eid, token_ids;
+    moe_tensor packed; /* of route, as counts below */
     moe_options options;
     /* align alone */
     int64_t num_experts;
@@ -126,7 +129,7 @@ typedef struct moe_call {
 } moe_call;
 
 /* A call by the names of its parts, for whoever carries it across a border. call_fields.c. */
-enum { MOE_CALL_TENSORS = 27 };
+enum { MOE_CALL_TENSORS = 28 };
 typedef struct moe_call_tensor {
     const char *name;
     size_t offset; /* in moe_call */
@@ -153,7 +156,7 @@ typedef struct moe_call_scalar {
     size_t offset;     /* in moe_message */
     int64_t low, high; /* of an integer; beyond these it would index no table */
 } moe_call_scalar;
-enum { MOE_CALL_SCALARS = 30 };
+enum { MOE_CALL_SCALARS = 31 };
 extern const moe_call_scalar moe_call_scalars[MOE_CALL_SCALARS]; /* sorted by name */
 
 /* The sizes of a layer and nothing else: the key of the plan cache, compared with memcmp (zero it first). */
@@ -218,15 +221,17 @@ typedef struct moe_plan {
     moe_problem problem;
     moe_backend backend;
     int32_t num_sms;
+    int32_t smem_per_block;
+    int32_t clusters;     /* 1: the device has them */
     int64_t chunk_tokens; /* tokens per pass; num_tokens where one pass is enough */
     int64_t num_chunks;
     int32_t decode; /* 1: no align and no combine; gate_up and down read topk_ids themselves */
-    int32_t align_blocks; /* thread blocks; 1: one launch */
+    int32_t align_blocks; /* thread blocks; 1: one launch, else two */
     int32_t tile_rows;
     int32_t max_tiles; /* of one chunk */
     int32_t combine_vector_bytes;
     int64_t intermediate_stride, rows_stride; /* elements */
-    int32_t num_launches;
+    int32_t num_launches; /* at most: route and align of few tokens go together */
     int32_t deterministic, batch_invariant;
     moe_gemm_plan gate_up, down;
     moe_workspace workspace;
@@ -272,6 +277,12 @@ bool moe_plan_find(const moe_plan_cache *cache, const moe_problem *problem, moe_
 /* Nothing where the plan has completed its problem, which then would not be found again. */
 void moe_plan_keep(moe_plan_cache *cache, const moe_problem *problem, moe_backend backend,
                    int32_t device, const moe_plan *plan);
+/* The row of route_variants.def that does what `args` say; -1: none, so moe_route_general_*. */
+int32_t moe_route_variant(const moe_route_args *args);
+
+/* Thread blocks that do both stages in one launch; 0: each has one of its own. */
+int32_t moe_route_align_blocks(const moe_plan *plan, const moe_route_args *route,
+                               const moe_align_args *align);
 
 /* Rows of gemm_variants.def by number; "cpu" for -1. */
 const char *moe_variant_name(int32_t row);
@@ -286,7 +297,7 @@ static inline bool moe_is_layer(moe_operation operation)
 int moe_check_workspace(const moe_call *call, const moe_plan *plan, moe_error *err);
 /* Stages in order. out and workspace are present and checked. stream: CUstream or NULL. */
 int moe_run_layer(const moe_call *call, const moe_plan *plan, void *stream, moe_error *err);
-/* One stage alone (MOE_OP_ROUTE, ALIGN, GATE_UP, DOWN, COMBINE). */
+/* One stage alone, or route and align. */
 int moe_run_stage(const moe_call *call, const moe_plan *plan, void *stream, moe_error *err);
 
 /* cpu/: the five stages. No state but the thread pool; any thread may call. */
