@@ -50,6 +50,7 @@ enum {
     KNOB_NUM_ZERO,
     KNOB_SOFTCAP,
     KNOB_WEIGHTS_DTYPE,
+    KNOB_FIRST_SHARED_ID,
     KNOB_FIRST_TENSOR, /* ROUTING_TENSORS of module.c, in their order */
     NUM_ROUTING_KNOBS = KNOB_FIRST_TENSOR + 7
 };
@@ -59,6 +60,7 @@ typedef enum signature_id {
     SIG_FUSED_MOE,
     SIG_ROUTE,
     SIG_ALIGN,
+    SIG_ROUTE_ALIGN,
     SIG_ALIGN_BLOCK,
     SIG_COUNT_TOKENS,
     SIG_GATE_UP,
@@ -191,7 +193,7 @@ typedef struct call_output {
     PyObject *object, *wrap; /* what the user gets, owned; wrap(object) first, where there is one */
 } call_output;
 
-enum { MAX_OUTPUTS = 3 };
+enum { MAX_OUTPUTS = 5 };
 
 struct experts_object;
 

@@ -40,6 +40,7 @@ void call_begin(call_frame *f, module_state *state, moe_operation operation, con
                              &c->replica_map,
                              &c->tid2eid,
                              &c->token_ids,
+                             &c->packed,
                              &c->expert_ids,
                              &c->num_tokens_post_padded,
                              &c->counts};
@@ -321,6 +322,11 @@ static void shape_outputs(call_frame *f)
         shape_output(&out[0], f->call.options.weights_dtype, 2, p->num_tokens, p->topk, 0);
         shape_output(&out[1], out[1].dtype, 2, p->num_tokens, p->topk, 0);
         break;
+    case MOE_OP_ROUTE_ALIGN:
+        shape_output(&out[0], MOE_F32, 2, p->num_tokens, p->topk, 0);
+        shape_output(&out[1], out[1].dtype, 2, p->num_tokens, p->topk, 0);
+        out += 2;
+        /* fall through */
     case MOE_OP_ALIGN:
         shape_output(&out[0], MOE_I32, 1, p->num_experts + 1, 0, 0);
         shape_output(&out[1], MOE_I32, 1, slots, 0, 0);

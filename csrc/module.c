@@ -178,15 +178,54 @@ static PyObject *py_route(PyObject *module, PyObject *const *args, Py_ssize_t na
     moe_call *c = &f.call;
     PyObject *const *v = parse_arguments(state, SIG_ROUTE, args, nargs, kwnames, values, &f.err);
     if (v == NULL) goto done;
-    stream = v[8];
+    stream = v[10];
     if (parse_routing(&f, v + 1)) goto done;
     if (parse_ids_dtype(state, v[5], &ids_dtype, &f.err)) goto done;
     if (call_prototype(&f, v[0], "router_logits", &c->router_logits)) goto done;
     if (import_routing(&f, v[4])) goto done;
     if (call_tensor(&f, v[6], "out_weights", &c->topk_weights)) goto done;
     if (call_tensor(&f, v[7], "out_ids", &c->topk_ids)) goto done;
+    if (call_tensor(&f, v[8], "out_packed", &c->packed)) goto done;
+    if (call_tensor(&f, v[9], "out_counts", &c->counts)) goto done;
     call_output_add(&f, "out_weights", v[6], &c->topk_weights);
     call_output_add(&f, "out_ids", v[7], &c->topk_ids);
+    f.outputs[1].dtype = ids_dtype;
+done:
+    return call_finish(&f, stream);
+}
+
+static PyObject *py_route_align(PyObject *module, PyObject *const *args, Py_ssize_t nargs,
+                                PyObject *kwnames)
+{
+    module_state *state = PyModule_GetState(module);
+    PyObject *values[MAX_PARAMETERS], *stream = Py_None;
+    int32_t ids_dtype = MOE_I32;
+    call_frame f;
+    call_begin(&f, state, MOE_OP_ROUTE_ALIGN, "route_align");
+    moe_call *c = &f.call;
+    PyObject *const *v =
+        parse_arguments(state, SIG_ROUTE_ALIGN, args, nargs, kwnames, values, &f.err);
+    if (v == NULL) goto done;
+    stream = v[15];
+    c->options.has_expert_start = v[7] != Py_None;
+    if (parse_routing(&f, v + 1)) goto done;
+    if (parse_int("num_experts", v[5], -1, &c->num_experts, &f.err)) goto done;
+    if (parse_int("expert_start", v[7], 0, &c->options.expert_start, &f.err)) goto done;
+    if (parse_ids_dtype(state, v[8], &ids_dtype, &f.err)) goto done;
+    if (call_prototype(&f, v[0], "router_logits", &c->router_logits)) goto done;
+    if (import_routing(&f, v[4])) goto done;
+    if (call_tensor(&f, v[6], "expert_map", &c->expert_map)) goto done;
+    if (call_tensor(&f, v[9], "out_weights", &c->topk_weights)) goto done;
+    if (call_tensor(&f, v[10], "out_ids", &c->topk_ids)) goto done;
+    if (call_tensor(&f, v[11], "out_expert_offsets", &c->expert_offsets)) goto done;
+    if (call_tensor(&f, v[12], "out_sorted_token_ids", &c->sorted_token_ids)) goto done;
+    if (call_tensor(&f, v[13], "out_row_of_slot", &c->row_of_slot)) goto done;
+    if (call_tensor(&f, v[14], "workspace", &c->workspace)) goto done;
+    call_output_add(&f, "out_weights", v[9], &c->topk_weights);
+    call_output_add(&f, "out_ids", v[10], &c->topk_ids);
+    call_output_add(&f, "out_expert_offsets", v[11], &c->expert_offsets);
+    call_output_add(&f, "out_sorted_token_ids", v[12], &c->sorted_token_ids);
+    call_output_add(&f, "out_row_of_slot", v[13], &c->row_of_slot);
     f.outputs[1].dtype = ids_dtype;
 done:
     return call_finish(&f, stream);
@@ -649,6 +688,7 @@ static PyMethodDef METHODS[] = {
     {"fused_experts", FAST(py_fused_experts), "The layer; see fusedmoe.fused_experts."},
     {"fused_moe", FAST(py_fused_moe), "Routing and the layer; see fusedmoe.fused_moe."},
     {"route", FAST(py_route), "Stage 1; see fusedmoe.route."},
+    {"route_align", FAST(py_route_align), "Stages 1 and 2; see fusedmoe.route_align."},
     {"align", FAST(py_align), "Stage 2; see fusedmoe.align."},
     {"align_block_size", FAST(py_align_block_size), "See fusedmoe.align_block_size."},
     {"count_tokens_per_expert", FAST(py_count_tokens), "See fusedmoe.count_tokens_per_expert."},

@@ -63,6 +63,7 @@ typedef enum moe_operation {
     MOE_OP_FUSED_MOE,
     MOE_OP_ROUTE,
     MOE_OP_ALIGN,
+    MOE_OP_ROUTE_ALIGN,
     MOE_OP_ALIGN_BLOCK, /* align, then padded to blocks or counted */
     MOE_OP_GATE_UP,
     MOE_OP_DOWN,
@@ -93,6 +94,7 @@ typedef struct moe_options {
     int32_t shared;       /* MOE_SHARED_*, where num_shared > 0 */
     int32_t weights_dtype;
     int64_t num_shared, num_zero_experts, num_groups, topk_groups;
+    int64_t first_shared_id;       /* -1: the number of experts */
     double shared_weight, softcap; /* softcap 0: none */
 } moe_options;
 
@@ -116,6 +118,7 @@ typedef struct moe_call {
     /* what routing reads beside the logits */
     moe_tensor correction_bias, expert_scale, num_token_non_padded, routing_map, replica_map;
     moe_tensor tid2eid, token_ids;
+    moe_tensor packed; /* of route, as counts below */
     moe_options options;
     /* align alone */
     int64_t num_experts;
@@ -184,9 +187,11 @@ typedef struct moe_plan {
     moe_problem problem;
     moe_backend backend;
     int32_t num_sms;
+    int32_t smem_per_block;
+    int32_t clusters;     /* 1: the device has them */
     int64_t chunk_tokens; /* tokens per pass; num_tokens where one pass is enough */
     int64_t num_chunks;
-    int32_t align_blocks; /* thread blocks; 1: one launch */
+    int32_t align_blocks; /* thread blocks; 1: one launch, else two */
     int32_t tile_rows;
     int32_t max_tiles; /* of one chunk */
     int32_t combine_vector_bytes;
@@ -211,13 +216,20 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
 /* The H200 by default, with num_sms replaced where num_sms > 0: plans without a GPU. */
 void moe_default_device(moe_backend backend, int32_t num_sms, moe_device_info *info);
 
+/* The row of route_variants.def that does what `args` say; -1: none, so moe_route_general_*. */
+int32_t moe_route_variant(const moe_route_args *args);
+
+/* Thread blocks that do both stages in one launch; 0: each has one of its own. */
+int32_t moe_route_align_blocks(const moe_plan *plan, const moe_route_args *route,
+                               const moe_align_args *align);
+
 /* Rows of gemm_variants.def by number; "cpu" for -1. */
 const char *moe_variant_name(int32_t row);
 int32_t moe_num_variants(void);
 
 /* pipeline.c: stages in order. out and workspace are present and checked. stream: CUstream or NULL. */
 int moe_run_layer(const moe_call *call, const moe_plan *plan, void *stream, moe_error *err);
-/* One stage alone (MOE_OP_ROUTE, ALIGN, GATE_UP, DOWN, COMBINE). */
+/* One stage alone, or route and align. */
 int moe_run_stage(const moe_call *call, const moe_plan *plan, void *stream, moe_error *err);
 
 /* cpu/: the five stages. No state but the thread pool; any thread may call. */

@@ -29,9 +29,13 @@ const signature moe_signatures[NUM_SIGNATURES] = {
     [SIG_FUSED_MOE] = {"fused_moe", 8 + NUM_LAYER_KW, 5,
         {"hidden_states", "w13", "w2", "router_logits", "topk", "method", "routing_scale", "knobs",
          LAYER_KW}},
-    [SIG_ROUTE] = {"route", 9, 2,
+    [SIG_ROUTE] = {"route", 11, 2,
         {"router_logits", "topk", "method", "routing_scale", "knobs", "ids_dtype", "out_weights",
-         "out_ids", "stream"}},
+         "out_ids", "out_packed", "out_counts", "stream"}},
+    [SIG_ROUTE_ALIGN] = {"route_align", 16, 2,
+        {"router_logits", "topk", "method", "routing_scale", "knobs", "num_experts", "expert_map",
+         "expert_start", "ids_dtype", "out_weights", "out_ids", "out_expert_offsets",
+         "out_sorted_token_ids", "out_row_of_slot", "workspace", "stream"}},
     [SIG_ALIGN] = {"align", 9, 2,
         {"topk_ids", "num_experts", "expert_map", "expert_start", "out_expert_offsets",
          "out_sorted_token_ids", "out_row_of_slot", "workspace", "stream"}},
@@ -250,6 +254,8 @@ int parse_routing_knobs(module_state *state, PyObject *knobs, moe_options *o, mo
                   &o->num_shared, err) ||
         parse_int("num_zero_experts", PyTuple_GetItem(knobs, KNOB_NUM_ZERO), 0,
                   &o->num_zero_experts, err) ||
+        parse_int("first_shared_id", PyTuple_GetItem(knobs, KNOB_FIRST_SHARED_ID), -1,
+                  &o->first_shared_id, err) ||
         parse_double("softcap", PyTuple_GetItem(knobs, KNOB_SOFTCAP), 0, &o->softcap, err) ||
         parse_dtype(state, PyTuple_GetItem(knobs, KNOB_WEIGHTS_DTYPE), &o->weights_dtype, err))
         return err->status;
@@ -398,6 +404,7 @@ void default_options(moe_options *options)
     options->routing_scale = 1.0;
     options->renormalize = -1;
     options->weights_dtype = MOE_F32;
+    options->first_shared_id = -1;
 }
 
 int parse_layer_options(module_state *state, PyObject *const *kw, moe_options *o, int32_t *dtype,

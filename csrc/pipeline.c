@@ -53,6 +53,15 @@ static int run_align(const run *r, const moe_align_args *a)
                      : moe_cpu_align(a, r->err);
 }
 
+static int run_route_align(const run *r, const moe_route_args *route, const moe_align_args *align)
+{
+    const int32_t blocks = on_gpu(r) ? moe_route_align_blocks(r->plan, route, align) : 0;
+    if (blocks > 0)
+        return moe_cuda_route_align(r->plan, route, align, blocks, r->device, r->stream, r->err);
+    if (run_route(r, route)) return r->err->status;
+    return run_align(r, align);
+}
+
 static int run_gate_up(const run *r, const moe_gate_up_args *a)
 {
     return on_gpu(r) ? moe_cuda_gate_up(r->plan, a, r->device, r->stream, r->err)
@@ -132,6 +141,7 @@ static moe_route_args route_args(const run *r, int64_t first_token, int64_t num_
     a.shared_weight = (float)o->shared_weight;
     a.softcap = (float)o->softcap;
     a.scale = (float)o->routing_scale;
+    a.shared_id = o->first_shared_id < 0 ? p->router_experts : (int32_t)o->first_shared_id;
     a.general = !(method->score == MOE_SCORE_SOFTMAX && method->key == MOE_KEY_LOGIT &&
                   method->bias == MOE_BIAS_NONE && method->groups == MOE_GROUPS_NONE &&
                   method->ids == MOE_IDS_LARGEST) ||
@@ -306,12 +316,13 @@ static moe_combine_args combine_args(const run *r, int64_t first_token, int64_t 
 
 static int run_chunk(const run *r, int64_t first_token, int64_t num_tokens)
 {
+    moe_align_args align = align_args(r, first_token, num_tokens);
     if (r->plan->problem.routed) {
         moe_route_args route = route_args(r, first_token, num_tokens);
-        if (run_route(r, &route)) return r->err->status;
+        if (run_route_align(r, &route, &align)) return r->err->status;
+    } else if (run_align(r, &align)) {
+        return r->err->status;
     }
-    moe_align_args align = align_args(r, first_token, num_tokens);
-    if (run_align(r, &align)) return r->err->status;
     moe_gate_up_args gate_up = gate_up_args(r, first_token, num_tokens);
     if (run_gate_up(r, &gate_up)) return r->err->status;
     moe_down_args down = down_args(r, first_token, num_tokens);
@@ -351,7 +362,7 @@ int moe_run_layer(const moe_call *call, const moe_plan *plan, void *stream, moe_
 }
 
 /* Alone, a stage reads and writes the caller's tensors where the layer would use its workspace. */
-static int run_route_alone(const run *r)
+static moe_route_args route_alone_args(const run *r)
 {
     const moe_call *c = r->call;
     moe_route_args a = route_args(r, 0, r->plan->problem.num_tokens);
@@ -361,18 +372,43 @@ static int run_route_alone(const run *r)
     a.ids_stride = row_stride(&c->topk_ids);
     a.ids_dtype = c->topk_ids.dtype;
     a.weights_dtype = c->topk_weights.dtype;
-    a.general |= a.weights_dtype != MOE_F32;
+    a.packed = offset(&c->packed, 0);
+    a.packed_stride = row_stride(&c->packed);
+    a.counts = offset(&c->counts, 0);
+    a.general |= a.weights_dtype != MOE_F32 || a.packed || a.counts;
+    return a;
+}
+
+static int run_route_alone(const run *r)
+{
+    const moe_route_args a = route_alone_args(r);
     return run_route(r, &a);
+}
+
+static moe_align_args align_alone_args(const run *r)
+{
+    const moe_call *c = r->call;
+    moe_align_args a = align_args(r, 0, r->plan->problem.num_tokens);
+    a.topk_ids = c->topk_ids.data;
+    a.ids_stride = row_stride(&c->topk_ids);
+    a.ids_dtype = c->topk_ids.dtype;
+    a.expert_offsets = c->expert_offsets.data;
+    a.sorted_token_ids = c->sorted_token_ids.data;
+    a.row_of_slot = c->row_of_slot.data;
+    return a;
 }
 
 static int run_align_alone(const run *r)
 {
-    const moe_call *c = r->call;
-    moe_align_args a = align_args(r, 0, r->plan->problem.num_tokens);
-    a.expert_offsets = c->expert_offsets.data;
-    a.sorted_token_ids = c->sorted_token_ids.data;
-    a.row_of_slot = c->row_of_slot.data;
+    const moe_align_args a = align_alone_args(r);
     return run_align(r, &a);
+}
+
+static int run_route_align_alone(const run *r)
+{
+    const moe_route_args route = route_alone_args(r);
+    const moe_align_args align = align_alone_args(r);
+    return route.num_tokens ? run_route_align(r, &route, &align) : run_align(r, &align);
 }
 
 static int run_align_block(const run *r)
@@ -455,6 +491,7 @@ static int run_combine_alone(const run *r)
 int moe_run_stage(const moe_call *call, const moe_plan *plan, void *stream, moe_error *err)
 {
     const moe_tensor *like = call->operation == MOE_OP_ROUTE         ? &call->router_logits
+                             : call->operation == MOE_OP_ROUTE_ALIGN ? &call->router_logits
                              : call->operation == MOE_OP_ALIGN       ? &call->topk_ids
                              : call->operation == MOE_OP_ALIGN_BLOCK ? &call->topk_ids
                              : call->operation == MOE_OP_GATE_UP     ? &call->hidden_states
@@ -466,6 +503,8 @@ int moe_run_stage(const moe_call *call, const moe_plan *plan, void *stream, moe_
         return run_align_alone(&r); /* also of no tokens: expert_offsets are written */
     case MOE_OP_ALIGN_BLOCK:
         return run_align_block(&r);
+    case MOE_OP_ROUTE_ALIGN:
+        return run_route_align_alone(&r);
     case MOE_OP_ROUTE:
         return plan->problem.num_tokens ? run_route_alone(&r) : MOE_OK;
     case MOE_OP_GATE_UP:

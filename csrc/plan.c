@@ -7,6 +7,7 @@
 
 #include <inttypes.h>
 #include <math.h>
+#include <stdlib.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -42,6 +43,15 @@ static const variant VARIANTS[] = {
 #undef MOE_GEMM_VARIANT
 };
 
+/* The columns of route_variants.def. */
+static const struct {
+    int32_t held, packed, score, key, groups;
+} ROUTE_VARIANTS[] = {
+#define MOE_ROUTE_VARIANT(name, held, packed, score, key, groups)                                  \
+    {held, packed, MOE_SCORE_##score, MOE_KEY_##key, groups},
+#include "../kernels/route_variants.def"
+};
+
 enum { LEAST_WGMMA_ROWS = 48 }; /* expected rows of an expert */
 
 enum { NUM_VARIANTS = sizeof VARIANTS / sizeof *VARIANTS, SMALLEST_TILE_ROWS = 16 };
@@ -67,6 +77,46 @@ static int64_t round_up(int64_t a, int64_t b)
 static int64_t min64(int64_t a, int64_t b)
 {
     return a < b ? a : b;
+}
+
+int32_t moe_route_variant(const moe_route_args *a)
+{
+    const bool extras = a->num_slots > a->topk || a->num_zero_experts || a->softcap > 0 ||
+                        a->expert_scale || a->replica_map || a->expert_map || a->packed ||
+                        a->counts || a->weights_dtype != MOE_F32 || a->ids != MOE_IDS_LARGEST ||
+                        a->bias == MOE_BIAS_LOGIT;
+    const bool groups_of_32 = a->groups != MOE_GROUPS_QUOTA && a->num_experts == 32 * a->num_groups;
+    if (extras || (a->num_groups && !groups_of_32)) return -1;
+    for (int32_t i = 0; i < (int32_t)(sizeof ROUTE_VARIANTS / sizeof *ROUTE_VARIANTS); ++i) {
+        const bool any = ROUTE_VARIANTS[i].score == MOE_SCORE_ANY &&
+                         (a->score == MOE_SCORE_SOFTMAX || a->score == MOE_SCORE_SIGMOID);
+        if (a->num_experts <= 32 * ROUTE_VARIANTS[i].held && a->key == ROUTE_VARIANTS[i].key &&
+            (any || a->score == ROUTE_VARIANTS[i].score) &&
+            ROUTE_VARIANTS[i].groups == (a->num_groups > 0) &&
+            (!ROUTE_VARIANTS[i].packed ||
+             (a->logits_dtype != MOE_F32 && a->bias == MOE_BIAS_NONE && !moe_route_needs_sum(a))))
+            return i;
+    }
+    return -1;
+}
+
+int32_t moe_route_align_blocks(const moe_plan *plan, const moe_route_args *route,
+                               const moe_align_args *align)
+{
+    enum {
+#define MOE_ROUTE_ALIGN_VARIANT(name, held, packed, score, key, groups) FUSED_##name,
+#include "../kernels/route_variants.def"
+        NUM_FUSED
+    };
+    enum { STATIC_BYTES = 30 * 1024 }; /* of its shared memory: notes of 16 warps, ids, rows */
+    const int64_t tokens = route->num_tokens;
+    const int32_t row = moe_route_variant(route), num_experts = align->num_experts;
+    if (row < 0 || row >= NUM_FUSED || num_experts > MOE_ROUTE_ALIGN_THREADS) return 0;
+    const int64_t slots = tokens * align->topk;
+    if (slots > MOE_ROUTE_ALIGN_SLOTS || tokens > (plan->clusters ? 128 : 16)) return 0;
+    if (MOE_ALIGN_SMEM_BYTES(num_experts, slots) + STATIC_BYTES > plan->smem_per_block) return 0;
+    /* four warps to a block, one for each of its schedulers, while there are blocks */
+    return !plan->clusters || tokens <= 4 ? 1 : tokens <= 8 ? 2 : tokens <= 16 ? 4 : 8;
 }
 
 void moe_default_device(moe_backend backend, int32_t num_sms, moe_device_info *info)
@@ -235,6 +285,11 @@ static bool needs(const moe_problem *p, int32_t stage)
            p->operation == stage;
 }
 
+static bool aligns(const moe_problem *p)
+{
+    return needs(p, MOE_OP_ALIGN) || p->operation == MOE_OP_ROUTE_ALIGN;
+}
+
 static bool is_layer(const moe_problem *p)
 {
     return p->operation == MOE_OP_FUSED_EXPERTS || p->operation == MOE_OP_FUSED_MOE;
@@ -249,10 +304,18 @@ static int64_t take(int64_t *total, bool used, int64_t bytes)
     return at;
 }
 
+/* Thread blocks of align; 1 where one can hold all slots. */
 static int32_t align_blocks(const moe_plan *plan, int64_t num_slots)
 {
-    if (plan->backend == MOE_CPU || num_slots <= MOE_ALIGN_ONE_SLOTS) return 1;
-    int64_t blocks = ceil_div(num_slots, MOE_ALIGN_BLOCK_SLOTS);
+    const int32_t num_experts = plan->problem.num_experts;
+    const int64_t most_slots =
+                      getenv("ALIGN_SLOTS") ? atoi(getenv("ALIGN_SLOTS")) : MOE_ALIGN_ONE_SLOTS,
+                  most_bytes = min64(getenv("ALIGN_KB") ? 1024 * atoi(getenv("ALIGN_KB")) : 1 << 20,
+                                     plan->smem_per_block - MOE_ALIGN_STATIC_BYTES);
+    if (plan->backend == MOE_CPU ||
+        (num_slots <= most_slots && MOE_ALIGN_SMEM_BYTES(num_experts, num_slots) <= most_bytes))
+        return 1;
+    const int64_t blocks = ceil_div(num_slots, MOE_ALIGN_THREADS / 2);
     return (int32_t)(blocks < 2 ? 2 : min64(blocks, MOE_ALIGN_MAX_BLOCKS));
 }
 
@@ -267,8 +330,8 @@ static void lay_out(const moe_plan *plan, int64_t chunk_tokens, moe_workspace *w
     const moe_problem *p = &plan->problem;
     const bool gpu = plan->backend == MOE_CUDA, layer = is_layer(p),
                block = p->operation == MOE_OP_ALIGN_BLOCK;
-    const bool list = gpu && (block || needs(p, MOE_OP_ALIGN) || needs(p, MOE_OP_GATE_UP) ||
-                              needs(p, MOE_OP_DOWN));
+    const bool list =
+        gpu && (block || aligns(p) || needs(p, MOE_OP_GATE_UP) || needs(p, MOE_OP_DOWN));
     const int64_t slots = chunk_tokens * p->topk, bytes = moe_dtype_bytes(p->dtype);
     const int32_t blocks = align_blocks(plan, slots);
     int64_t total = 0;
@@ -280,7 +343,7 @@ static void lay_out(const moe_plan *plan, int64_t chunk_tokens, moe_workspace *w
     w->tiles =
         take(&total, list, most_tiles(p, slots, SMALLEST_TILE_ROWS) * (int64_t)sizeof(moe_tile));
     w->num_tiles = take(&total, list, 4);
-    w->counts = take(&total, gpu && (block || needs(p, MOE_OP_ALIGN)) && blocks > 1,
+    w->counts = take(&total, gpu && (block || aligns(p)) && blocks > 1,
                      (int64_t)blocks * p->num_experts * 4);
     w->intermediate = take(&total, layer, slots * plan->intermediate_stride * bytes);
     w->rows = take(&total, layer, slots * plan->rows_stride * bytes);
@@ -366,7 +429,9 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
     plan->problem = *problem;
     plan->backend = device->backend;
     plan->num_sms = device->num_sms;
-    plan->deterministic = 1; /* every kernel there is */
+    plan->smem_per_block = device->smem_per_block;
+    plan->clusters = device->hopper; /* also says that code for sm_90 is what runs */
+    plan->deterministic = 1;         /* every kernel there is */
     const int64_t bytes = moe_dtype_bytes(p->dtype);
     plan->intermediate_stride = round_up(p->intermediate_size, 16 / bytes);
     plan->rows_stride = round_up(p->hidden_size, 16 / bytes);
@@ -394,7 +459,7 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
     const double chunks = (double)plan->num_chunks;
     plan->bytes = chunks * (plan->gate_up.bytes + plan->down.bytes + combine_bytes);
     plan->flops = chunks * (plan->gate_up.flops + plan->down.flops);
-    const int32_t align_launches = plan->align_blocks > 1 ? 3 : 1;
+    const int32_t align_launches = plan->align_blocks > 1 ? 2 : 1;
     if (plan->backend == MOE_CUDA) {
         plan->us = chunks * (plan->gate_up.us + plan->down.us +
                              combine_bytes / (0.9 * device->read_bytes_per_us) + 2.0 +

@@ -682,20 +682,27 @@ static int validate_route(const moe_call *c, moe_problem *p, moe_error *err)
     if (check_routing(c, "router_logits", l, &experts, &topk, err)) return err->status;
     if (check_slots("router_logits", num_tokens, topk, err)) return err->status;
     if (check_scale(&c->options, err)) return err->status;
-    const expectation outs[] = {{"out_weights",
-                                 &c->topk_weights,
-                                 {MOE_F32, MOE_BF16, MOE_F16},
-                                 2,
-                                 {num_tokens, topk},
-                                 "[num_tokens, topk]",
-                                 true},
-                                {"out_ids",
-                                 &c->topk_ids,
-                                 {MOE_I32, MOE_I64},
-                                 2,
-                                 {num_tokens, topk},
-                                 "[num_tokens, topk]",
-                                 true}};
+    const int64_t shared_ids =
+        c->options.first_shared_id < 0 ? experts : c->options.first_shared_id;
+    if (check_extent("first_shared_id", "an id", shared_ids, 0, INT32_MAX - MOE_MAX_TOPK, err))
+        return err->status;
+    const expectation outs[] = {
+        {"out_weights",
+         &c->topk_weights,
+         {MOE_F32, MOE_BF16, MOE_F16},
+         2,
+         {num_tokens, topk},
+         "[num_tokens, topk]",
+         true},
+        {"out_ids",
+         &c->topk_ids,
+         {MOE_I32, MOE_I64},
+         2,
+         {num_tokens, topk},
+         "[num_tokens, topk]",
+         true},
+        {"out_packed", &c->packed, {MOE_I32}, 2, {num_tokens, topk}, "[num_tokens, topk]", true},
+        {"out_counts", &c->counts, {MOE_I32}, 1, {experts}, "[num_experts]", true}};
     const named_tensor all[] = {{"router_logits", l},
                                 {"correction_bias", &c->correction_bias},
                                 {"expert_scale", &c->expert_scale},
@@ -705,9 +712,11 @@ static int validate_route(const moe_call *c, moe_problem *p, moe_error *err)
                                 {"tid2eid", &c->tid2eid},
                                 {"token_ids", &c->token_ids},
                                 {"out_weights", &c->topk_weights},
-                                {"out_ids", &c->topk_ids}};
-    enum { FIRST_OUT = sizeof all / sizeof *all - 2 };
-    for (int i = 0; i < 2; ++i) {
+                                {"out_ids", &c->topk_ids},
+                                {"out_packed", &c->packed},
+                                {"out_counts", &c->counts}};
+    enum { NUM_OUTS = sizeof outs / sizeof *outs, FIRST_OUT = sizeof all / sizeof *all - NUM_OUTS };
+    for (int i = 0; i < NUM_OUTS; ++i) {
         if (!tensor_present(outs[i].tensor)) continue;
         if (check_tensor(&outs[i], err)) return err->status;
         if (check_device(outs[i].name, outs[i].tensor, "router_logits", l, err)) return err->status;
@@ -727,18 +736,10 @@ static int validate_route(const moe_call *c, moe_problem *p, moe_error *err)
     return MOE_OK;
 }
 
-static int validate_align(const moe_call *c, moe_problem *p, moe_error *err)
+/* What align writes, for topk_ids or, with route, router_logits: `like`, whose name is like_name. */
+static int check_align_outputs(const moe_call *c, const char *like_name, const moe_tensor *like,
+                               int64_t num_tokens, int64_t topk, int64_t experts, moe_error *err)
 {
-    const moe_tensor *ids = &c->topk_ids;
-    const expectation want = {"topk_ids",           ids,  {MOE_I32, MOE_I64}, 2, {-1, -1},
-                              "[num_tokens, topk]", false};
-    if (check_tensor(&want, err)) return err->status;
-    int64_t num_tokens = ids->shape[0], topk = ids->shape[1], experts = c->num_experts;
-    if (check_slots("topk_ids", num_tokens, topk, err)) return err->status;
-    if (check_extent("num_experts", "a number of experts", experts, 1, MOE_MAX_EXPERTS, err))
-        return err->status;
-    if (check_expert_start(&c->options, err)) return err->status;
-    if (check_expert_map(c, "topk_ids", ids, err)) return err->status;
     const expectation outs[] = {{"out_expert_offsets",
                                  &c->expert_offsets,
                                  {MOE_I32},
@@ -761,22 +762,63 @@ static int validate_align(const moe_call *c, moe_problem *p, moe_error *err)
                                  "[num_tokens, topk]",
                                  true},
                                 {"workspace", &c->workspace, {MOE_U8}, 1, {-1}, "[bytes]", true}};
-    const named_tensor all[] = {{"topk_ids", ids},
+    const named_tensor all[] = {{"router_logits", &c->router_logits},
+                                {"correction_bias", &c->correction_bias},
+                                {"expert_scale", &c->expert_scale},
+                                {"num_token_non_padded", &c->num_token_non_padded},
+                                {"expert_map", &c->routing_map},
+                                {"replica_map", &c->replica_map},
+                                {"tid2eid", &c->tid2eid},
+                                {"token_ids", &c->token_ids},
+                                {"topk_weights", &c->topk_weights},
+                                {"topk_ids", &c->topk_ids},
                                 {"expert_map", &c->expert_map},
                                 {"out_expert_offsets", &c->expert_offsets},
                                 {"out_sorted_token_ids", &c->sorted_token_ids},
                                 {"out_row_of_slot", &c->row_of_slot},
                                 {"workspace", &c->workspace}};
-    for (int i = 0; i < 4; ++i) {
+    enum { NUM_OUTS = sizeof outs / sizeof *outs, FIRST_OUT = sizeof all / sizeof *all - NUM_OUTS };
+    for (int i = 0; i < NUM_OUTS; ++i) {
         if (!tensor_present(outs[i].tensor)) continue;
         if (check_tensor(&outs[i], err)) return err->status;
-        if (check_device(outs[i].name, outs[i].tensor, "topk_ids", ids, err)) return err->status;
-        if (check_overlap(&all[i + 2], all, i + 2, NULL, 0, err)) return err->status;
+        if (check_device(outs[i].name, outs[i].tensor, like_name, like, err)) return err->status;
+        if (check_overlap(&all[FIRST_OUT + i], all, FIRST_OUT + i, NULL, 0, err))
+            return err->status;
     }
     if (tensor_present(&c->row_of_slot) && num_tokens > 1 && c->row_of_slot.stride[0] != topk)
         return moe_fail(err, MOE_ERROR_VALUE,
                         "out_row_of_slot: expected a compact tensor, got row stride %" PRId64,
                         c->row_of_slot.stride[0]);
+    return MOE_OK;
+}
+
+static int validate_route_align(const moe_call *c, moe_problem *p, moe_error *err)
+{
+    if (validate_route(c, p, err)) return err->status;
+    const int64_t all =
+        c->num_experts < 0 ? p->router_experts + c->options.num_shared : c->num_experts;
+    if (check_extent("num_experts", "a number of experts", all, 1, MOE_MAX_EXPERTS, err))
+        return err->status;
+    if (check_expert_start(&c->options, err)) return err->status;
+    if (check_expert_map(c, "router_logits", &c->router_logits, err)) return err->status;
+    p->num_experts = (int32_t)all;
+    return check_align_outputs(c, "router_logits", &c->router_logits, p->num_tokens, p->topk, all,
+                               err);
+}
+
+static int validate_align(const moe_call *c, moe_problem *p, moe_error *err)
+{
+    const moe_tensor *ids = &c->topk_ids;
+    const expectation want = {"topk_ids",           ids,  {MOE_I32, MOE_I64}, 2, {-1, -1},
+                              "[num_tokens, topk]", false};
+    if (check_tensor(&want, err)) return err->status;
+    int64_t num_tokens = ids->shape[0], topk = ids->shape[1], experts = c->num_experts;
+    if (check_slots("topk_ids", num_tokens, topk, err)) return err->status;
+    if (check_extent("num_experts", "a number of experts", experts, 1, MOE_MAX_EXPERTS, err))
+        return err->status;
+    if (check_expert_start(&c->options, err)) return err->status;
+    if (check_expert_map(c, "topk_ids", ids, err)) return err->status;
+    if (check_align_outputs(c, "topk_ids", ids, num_tokens, topk, experts, err)) return err->status;
     p->num_tokens = num_tokens;
     p->topk = (int32_t)topk;
     p->num_experts = (int32_t)experts;
@@ -1058,6 +1100,8 @@ int moe_validate(const moe_call *call, moe_problem *problem, moe_error *err)
         return validate_route(call, problem, err);
     case MOE_OP_ALIGN:
         return validate_align(call, problem, err);
+    case MOE_OP_ROUTE_ALIGN:
+        return validate_route_align(call, problem, err);
     case MOE_OP_ALIGN_BLOCK:
         return validate_align_block(call, problem, err);
     case MOE_OP_GATE_UP:

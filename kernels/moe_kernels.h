@@ -64,7 +64,8 @@ enum {
     MOE_SCORE_SIGMOID,
     MOE_SCORE_SQRT_SOFTPLUS,
     MOE_SCORE_SPARSEMIXER,
-    MOE_SCORE_CONSTANT
+    MOE_SCORE_CONSTANT,
+    MOE_SCORE_ANY /* route_variants.def: not of a method */
 };
 enum { MOE_KEY_LOGIT = 0, MOE_KEY_SCORE, MOE_KEY_UNIFORM, MOE_KEY_ZIPF };
 enum { MOE_BIAS_NONE = 0, MOE_BIAS_KEY, MOE_BIAS_LOGIT };
@@ -109,7 +110,10 @@ typedef struct moe_route_args {
     const int32_t *expert_map;           /* [expert_map_size], after replica_map */
     const void *tid2eid;                 /* [tid_rows, topk] tid_dtype */
     const void *token_ids;               /* [num_tokens] token_ids_dtype, rows of tid2eid */
-    int64_t logits_stride;               /* from row to row */
+    int32_t *packed; /* [num_tokens, num_slots], written: id << 16 | bits of the bf16 weight */
+    int32_t *counts; /* [num_experts], added to: tokens that chose an expert, before any map */
+    int64_t packed_stride; /* from row to row, as the following */
+    int64_t logits_stride;
     int64_t weights_stride;
     int64_t ids_stride;
     int64_t replica_stride;
@@ -139,26 +143,39 @@ typedef struct moe_route_args {
         general; /* 0: nothing but a softmax, perhaps renormalised, and a scale: the short kernel */
     float scale; /* multiplies the weights last */
     float shared_weight;
-    float softcap; /* logits = softcap * tanh(logits / softcap); 0: none */
-    int32_t reserved;
+    float softcap;     /* logits = softcap * tanh(logits / softcap); 0: none */
+    int32_t shared_id; /* of the first shared expert */
 } moe_route_args;
 
-/* What of it the short kernel reads (general is 0): a launch costs more the more parameters it carries. */
-typedef struct moe_route_softmax_args {
+/* Whether the scores need the sum of the row's softmax: not where they are divided by their own sum. */
+#define moe_route_needs_sum(args)                                                                  \
+    ((args)->score == MOE_SCORE_SOFTMAX && ((args)->key == MOE_KEY_SCORE || !(args)->renormalize))
+
+/* What of it the kernels of route_variants.def read: a launch costs more the more parameters it carries. */
+typedef struct moe_route_plain_args {
     const void *router_logits;
     void *topk_weights; /* f32 */
     void *topk_ids;
+    const void *correction_bias;
+    const int32_t *num_token_non_padded;
     int64_t logits_stride;
     int64_t weights_stride;
     int64_t ids_stride;
     int64_t num_tokens;
+    int64_t first_token;
     int32_t num_experts;
     int32_t topk;
+    int32_t num_groups;
+    int32_t topk_groups;
+    int32_t groups;
     int32_t logits_dtype;
+    int32_t bias_dtype;
     int32_t ids_dtype;
+    int32_t score;
     int32_t renormalize;
     float scale;
-} moe_route_softmax_args;
+    int32_t reserved;
+} moe_route_plain_args;
 
 /* Stage 2, align: rows grouped by expert, stable by slot; the same bits every run.
  * local(id) = expert_map[id] where expert_map is given (outside [0, expert_map_size): dropped), else
@@ -183,6 +200,12 @@ typedef struct moe_align_args {
     int32_t max_tiles;  /* capacity of tiles */
     int32_t num_blocks; /* thread blocks that share the slots; 1: one launch does all */
 } moe_align_args;
+
+/* Stages 1 and 2 in one launch, for few tokens. */
+typedef struct moe_route_align_args {
+    moe_route_plain_args route;
+    moe_align_args align; /* topk_ids: those that route writes */
+} moe_route_align_args;
 
 /* After align: the same rows with every expert's padded to a multiple of block_size, and how many there are.
  * Outputs that are NULL are not wanted. */
@@ -296,14 +319,24 @@ typedef struct moe_combine_args {
 #define MOE_GEMM_GRID(max_tiles, weight_rows, cols)                                                \
     ((int64_t)(max_tiles) * (((int64_t)(weight_rows) + (cols) - 1) / (cols)))
 
+/* align sorts num_slots slots by a matrix of bits in shared memory: a row for each expert, in steps of 4 words of which
+ * there is an odd number, so that neighbouring rows start in different banks; a 16-bit prefix per step; a start. */
+#define MOE_ALIGN_STEPS(num_slots) ((((num_slots) + 127) / 128) | 1)
+#define MOE_ALIGN_SMEM_BYTES(num_experts, num_slots)                                               \
+    ((int64_t)(num_experts) * (MOE_ALIGN_STEPS(num_slots) * (16 + 2) + 4))
+
 /* Thread blocks of the other stages. */
-#define MOE_ALIGN_THREADS     512
-#define MOE_ALIGN_ONE_SLOTS   2048 /* up to here moe_align_one; above: count, scan, place */
-#define MOE_ALIGN_BLOCK_SLOTS 512  /* slots per block of count and place, until there are */
-#define MOE_ALIGN_MAX_BLOCKS  64   /* so many blocks: scan walks over all of them */
-#define MOE_ROUTE_THREADS     128  /* one warp per token: ceil(num_tokens / 4) blocks */
-#define MOE_COMBINE_THREADS   128 /* 8 columns each: num_tokens * ceil(hidden_size / 1024) blocks */
-#define MOE_COMBINE_COLS      (8 * MOE_COMBINE_THREADS)
+#define MOE_ROUTE_MAX_THREADS   256 /* one warp per token */
+#define MOE_ROUTE_ALIGN_THREADS 512
+#define MOE_ROUTE_ALIGN_SLOTS   2048 /* at most, of route_align */
+#define MOE_ALIGN_THREADS       1024
+#define MOE_ALIGN_ONE_SLOTS     4096 /* up to here, and where it fits shared memory, moe_align_one */
+/* slots that a block of moe_align_place sorts at a time: at most 96 KB of shared memory */
+#define MOE_ALIGN_PIECE_SLOTS(num_experts) ((num_experts) <= 512 ? 1024 : 512)
+#define MOE_ALIGN_STATIC_BYTES             9216 /* of shared memory beside MOE_ALIGN_SMEM_BYTES, at most */
+#define MOE_ALIGN_MAX_BLOCKS               64 /* of moe_align_place: each reads the counts of all */
+#define MOE_COMBINE_THREADS                128 /* 8 columns each: num_tokens * ceil(hidden_size / 1024) blocks */
+#define MOE_COMBINE_COLS                   (8 * MOE_COMBINE_THREADS)
 
 #ifdef __cplusplus
 #define MOE_ASSERT_SIZE(type, bytes)                                                               \
@@ -313,9 +346,10 @@ typedef struct moe_combine_args {
     _Static_assert(sizeof(type) == (bytes), "C and CUDA agree on " #type)
 #endif
 MOE_ASSERT_SIZE(moe_tile, 16);
-MOE_ASSERT_SIZE(moe_route_args, 256);
-MOE_ASSERT_SIZE(moe_route_softmax_args, 80);
+MOE_ASSERT_SIZE(moe_route_args, 280);
+MOE_ASSERT_SIZE(moe_route_plain_args, 128);
 MOE_ASSERT_SIZE(moe_align_args, 120);
+MOE_ASSERT_SIZE(moe_route_align_args, 248);
 MOE_ASSERT_SIZE(moe_pad_args, 88);
 MOE_ASSERT_SIZE(moe_gate_up_args, 192);
 MOE_ASSERT_SIZE(moe_down_args, 168);

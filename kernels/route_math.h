@@ -1,8 +1,9 @@
 /* route_math.h: the arithmetic of routing, the same bits in C and in CUDA.
  *
  * Which experts are chosen hangs on the last bit of a key, so exp and log are not left to two libraries:
- * they are made here of additions, multiplications, divisions and square roots, each rounded once. The CUDA
- * compiler would fuse a product and a sum; the _rn forms keep it from that. Errors stay below 3 ulp. */
+ * they are made here of additions, multiplications, fused multiply-adds, divisions, reciprocals and square
+ * roots, each rounded once. No compiler may fuse anything further: the _rn forms keep CUDA's from it, ISO C
+ * the other. Errors stay below 3 ulp. */
 #ifndef MOE_ROUTE_MATH_H
 #define MOE_ROUTE_MATH_H
 
@@ -11,17 +12,28 @@
 #include "moe_kernels.h"
 
 #ifdef __CUDACC__
+#include "ptx.cuh"
 #define ROUTE_FUNCTION static __device__ __forceinline__
 #define route_bits(x)  __float_as_uint(x)
 #define route_float(b) __uint_as_float(b)
 #define route_add      __fadd_rn
 #define route_mul      __fmul_rn
+#define route_fma      __fmaf_rn
 #define route_div      __fdiv_rn
 #define route_sqrt     __fsqrt_rn
+#define route_min      fminf
+#define route_max      fmaxf
+/* 1 / x for x in [1, 2^126), correctly rounded: one step of Newton from an approximation to 1 ulp. */
+ROUTE_FUNCTION float route_reciprocal(float x)
+{
+    const float r = reciprocal_approximate(x);
+    return __fmaf_rn(r, __fmaf_rn(-x, r, 1.0f), r);
+}
 #else
 #include <math.h>
 #include <string.h>
-#define ROUTE_FUNCTION static inline
+/* always inlined: into a caller that is compiled for a CPU with fused multiply-add, too */
+#define ROUTE_FUNCTION static inline __attribute__((always_inline))
 ROUTE_FUNCTION uint32_t route_bits(float x)
 {
     uint32_t bits;
@@ -42,13 +54,30 @@ ROUTE_FUNCTION float route_mul(float a, float b)
 {
     return a * b;
 }
+ROUTE_FUNCTION float route_fma(float a, float b, float c)
+{
+    return __builtin_fmaf(a, b, c);
+}
 ROUTE_FUNCTION float route_div(float a, float b)
 {
     return a / b;
 }
+ROUTE_FUNCTION float route_reciprocal(float x)
+{
+    return 1.0f / x;
+}
 ROUTE_FUNCTION float route_sqrt(float x)
 {
     return sqrtf(x);
+}
+/* which of the two a NaN gives is nobody's business: the callers below look for it themselves */
+ROUTE_FUNCTION float route_min(float a, float b)
+{
+    return a < b ? a : b;
+}
+ROUTE_FUNCTION float route_max(float a, float b)
+{
+    return a > b ? a : b;
 }
 #endif
 
@@ -68,11 +97,16 @@ ROUTE_FUNCTION int route_is_finite(float x)
 }
 
 /* Unsigned order of a key: 0 taken, dropped or past the end, 1 NaN, above it the numbers -inf to +inf. */
+ROUTE_FUNCTION uint32_t route_order_or(float x, int nan)
+{
+    const uint32_t bits = route_bits(route_add(x, 0.0f)); /* -0 becomes +0 */
+    const uint32_t order = bits ^ ((uint32_t)((int32_t)bits >> 31) | 0x80000000u);
+    return nan ? 1 : order;
+}
+
 ROUTE_FUNCTION uint32_t route_order(float x)
 {
-    if (route_is_nan(x)) return 1;
-    const uint32_t bits = route_bits(route_add(x, 0.0f)); /* -0 becomes +0 */
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return route_order_or(x, route_is_nan(x));
 }
 
 ROUTE_FUNCTION float route_unorder(uint32_t order)
@@ -80,40 +114,57 @@ ROUTE_FUNCTION float route_unorder(uint32_t order)
     return route_float(order & 0x80000000u ? order & 0x7fffffffu : ~order);
 }
 
-/* exp(x): 2^n * Taylor of what is left, |r| <= ln(2) / 2. Without a branch, so that several run side by side;
- * NaN passes through. */
+enum { ROUTE_EXP_RANGE = 86 }; /* exp and 1 / exp of it are normal numbers */
+
+/* exp(x), |x| <= ROUTE_EXP_RANGE: 2^n * polynomial of what is left, |r| <= ln(2) / 2. */
+ROUTE_FUNCTION float route_exp_within(float x)
+{
+    const float shifted = route_fma(x, 1.44269504f, 12582912.0f); /* 1.5 * 2^23: rounds */
+    const float n = route_add(shifted, -12582912.0f);
+    float r = route_fma(n, -0.693145752f, x); /* ln(2) in two pieces */
+    r = route_fma(n, -1.42860677e-6f, r);
+    float p = 1.38145417e-3f;
+    p = route_fma(p, r, 8.36874545e-3f);
+    p = route_fma(p, r, 4.16683890e-2f);
+    p = route_fma(p, r, 1.66665211e-1f);
+    p = route_fma(p, r, 4.99999940e-1f);
+    p = route_fma(p, r, 1.0f);
+    p = route_fma(p, r, 1.0f);
+    return route_float(route_bits(p) + (route_bits(shifted) << 23)); /* n is in the last bits */
+}
+
+ROUTE_FUNCTION float route_clamp(float x)
+{
+    return route_min(route_max(x, -(float)ROUTE_EXP_RANGE), (float)ROUTE_EXP_RANGE);
+}
+
+/* exp(x), 0 below -ROUTE_EXP_RANGE, above it as there. Of NaN: some number. The 0 is made by a mask, since the CUDA
+ * compiler makes a condition a branch, and of 16 of them in a row a long way. */
 ROUTE_FUNCTION float route_exp(float x)
 {
-    x = x > 89.0f ? 89.0f : x < -104.0f ? -104.0f : x; /* infinity, and 0, are beyond these */
-    const float shifted =
-        route_add(route_mul(x, 1.44269504f), 12582912.0f); /* 1.5 * 2^23: rounds */
-    const float n = route_add(shifted, -12582912.0f);
-    float r = route_add(x, route_mul(n, -0.693359375f)); /* ln(2) in two pieces, the first exact */
-    r = route_add(r, route_mul(n, 2.12194440e-4f));
-    float p = 1.98412698e-4f;
-    p = route_add(route_mul(p, r), 1.38888889e-3f);
-    p = route_add(route_mul(p, r), 8.33333333e-3f);
-    p = route_add(route_mul(p, r), 4.16666667e-2f);
-    p = route_add(route_mul(p, r), 1.66666667e-1f);
-    p = route_add(route_mul(p, r), 0.5f);
-    p = route_add(route_add(route_mul(route_mul(p, r), r), r), 1.0f);
-    const int32_t whole = (int32_t)(route_bits(shifted) - 0x4b400000u); /* n, from the last bits */
-    const int32_t half = whole / 2; /* two factors: either alone may not fit */
-    p = route_mul(p, route_float(((uint32_t)half + 127u) << 23));
-    return route_mul(p, route_float(((uint32_t)whole - (uint32_t)half + 127u) << 23));
+    const uint32_t below =
+        (uint32_t)((int32_t)route_bits(route_add(x, (float)ROUTE_EXP_RANGE)) >> 31);
+    return route_float(route_bits(route_exp_within(route_clamp(x))) & ~below);
+}
+
+/* exp(x - maximum), a term of a softmax; of x = maximum 1, whatever they are. */
+ROUTE_FUNCTION float route_term(float x, float maximum)
+{
+    const float below = route_add(x, -maximum);
+    return route_exp(x == maximum ? 0.0f : below);
 }
 
 /* log(1 + u), 0 <= u <= 1: 2 atanh(u / (2 + u)). */
 ROUTE_FUNCTION float route_log1p(float u)
 {
-    const float z = route_div(u, route_add(2.0f, u)), z2 = route_mul(z, z);
+    const float z = route_mul(u, route_reciprocal(route_add(2.0f, u))), z2 = route_mul(z, z);
     float p = 1.0f / 15;
-    p = route_add(route_mul(p, z2), 1.0f / 13);
-    p = route_add(route_mul(p, z2), 1.0f / 11);
-    p = route_add(route_mul(p, z2), 1.0f / 9);
-    p = route_add(route_mul(p, z2), 1.0f / 7);
-    p = route_add(route_mul(p, z2), 1.0f / 5);
-    p = route_add(route_mul(p, z2), 1.0f / 3);
+    p = route_fma(p, z2, 1.0f / 13);
+    p = route_fma(p, z2, 1.0f / 11);
+    p = route_fma(p, z2, 1.0f / 9);
+    p = route_fma(p, z2, 1.0f / 7);
+    p = route_fma(p, z2, 1.0f / 5);
+    p = route_fma(p, z2, 1.0f / 3);
     p = route_mul(route_mul(p, z2), z);
     return route_mul(2.0f, route_add(z, p));
 }
@@ -138,13 +189,18 @@ ROUTE_FUNCTION float route_tanh(float x)
     return x < 0 ? -t : t;
 }
 
-/* The pointwise scores; those over a whole row (softmax, sparsemixer) are made by the caller. */
+/* The pointwise scores of a number; those over a whole row (softmax, sparsemixer) are made by the caller.
+ * 0 below -ROUTE_EXP_RANGE, never -0. Of NaN: some number, which the caller has to look for. */
 ROUTE_FUNCTION float route_score(int32_t score, float x)
 {
-    if (score == MOE_SCORE_SIGMOID) return route_div(1.0f, route_add(1.0f, route_exp(-x)));
+    if (score == MOE_SCORE_SIGMOID) {
+        const float s = route_reciprocal(route_add(1.0f, route_exp_within(-route_clamp(x))));
+        return x < -(float)ROUTE_EXP_RANGE ? 0.0f : s;
+    }
     if (score == MOE_SCORE_SQRT_SOFTPLUS) {
-        const float positive = x > 0 ? x : route_is_nan(x) ? x : 0.0f;
-        return route_sqrt(route_add(positive, route_log1p(route_exp(-route_abs(x)))));
+        const float e = route_exp_within(route_max(-route_abs(x), -(float)ROUTE_EXP_RANGE));
+        const float s = route_sqrt(route_add(route_max(x, 0.0f), route_log1p(e)));
+        return x < -(float)ROUTE_EXP_RANGE ? 0.0f : s;
     }
     return 1.0f;
 }
@@ -177,6 +233,13 @@ ROUTE_FUNCTION float route_random_key(int32_t key, int64_t token, int32_t expert
     }
     const float u = route_div((float)((1u << 24) - v), (float)v); /* 1 / fraction - 1, [0, 1) */
     return route_mul(-(float)(expert + 1), route_add(log2s, route_log1p(u)));
+}
+
+/* A pointwise score, NaN of NaN where it hangs on x at all. */
+ROUTE_FUNCTION float route_score_or_nan(int32_t score, float x)
+{
+    const float s = route_score(score, x);
+    return score != MOE_SCORE_CONSTANT && route_is_nan(x) ? x : s;
 }
 
 /* The jitter of sparsemixer: experts further than 2 * 0.01 below the chosen one do not count. */

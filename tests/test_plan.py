@@ -341,10 +341,10 @@ def test_more_tokens_do_not_get_cheaper_by_much():
 
 
 def test_launches():
-    """One launch a stage; the alignment of many slots takes three."""
+    """One launch a stage; the alignment of many slots takes two."""
     for tokens in (1, 16, 1024):
         p = plan(tokens, 2048, 768, 128, 8)
-        align = 3 if p["align_blocks"] > 1 else 1
+        align = 2 if p["align_blocks"] > 1 else 1
         assert p["num_launches"] == 3 + align
         routed = plan(tokens, 2048, 768, 128, 8, routed=True)
         assert routed["num_launches"] == p["num_launches"] + 1

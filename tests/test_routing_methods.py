@@ -301,6 +301,11 @@ def test_any_bit_pattern(backend, rng, method):
     assert ids[:, :k].min() >= 0 and ids[:, :k].max() < num_experts
     assert same_bits(weights[1::2], clean[0][1::2]) and same_bits(ids[1::2], clean[1][1::2])
     row = METHODS[method]
+    if row.key in ("logit", "score") and row.ids == "largest" and row.groups == "none":
+        nan = np.isnan(bad[:, :num_experts])
+        chosen = np.take_along_axis(nan, ids[::2, :k].astype(np.int64), axis=1)
+        assert (chosen.sum(axis=1) == np.maximum(k - (~nan).sum(axis=1), 0)).all()
+        assert (np.diff(chosen.astype(int), axis=1) >= 0).all()  # NaN comes last
     if row.key == "logit" and row.bias == "none" and row.score != "sparsemixer":
         want_weights, want_ids = oracle(logits, k, method, fields)
         assert (ids == want_ids).all()
@@ -551,3 +556,88 @@ def test_wrong_for_these_logits(backend, rng, method, topk, wrong, name):
     logits = draw(rng, 9, 64, fields)
     with pytest.raises((ValueError, TypeError), match=f"^{name}"):
         run(backend, logits, topk, method, {**fields, **wrong})
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("method", ["topk_softmax", "sigmoid_bias_grouped", "hash"])
+def test_packed_ids_and_weights(backend, rng, method):
+    k, fields = fields_of(method, rng, 23, 64, 6)
+    fields["num_token_non_padded"] = np.array([20], np.int32)
+    logits = draw(rng, 23, 64, fields)
+    packed = Guarded(backend, (23, k), np.int32)
+    weights, ids = run(backend, logits, k, method, fields, out_packed=packed.tensor)
+    words = backend.get(packed.tensor).view(np.uint32)
+    assert ((words >> 16).astype(np.uint16) == ids.astype(np.uint16)).all()
+    assert ((words & 0xFFFF).astype(np.uint16).view(BF16) == weights.astype(BF16)).all()
+    packed.check("out_packed")
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("num_tokens", [1, 300])
+def test_counts_of_tokens(backend, rng, num_tokens):
+    """Added to, by the routed experts before any map; padding does not count."""
+    k, fields = fields_of("sigmoid_bias", rng, num_tokens, 64, 6)
+    fields["expert_map"] = np.full(64, -1, np.int32)
+    fields["num_fused_shared_experts"] = 1
+    fields["num_token_non_padded"] = np.array([num_tokens - 1], np.int32)
+    logits = draw(rng, num_tokens, 64, fields)
+    _, plain = run(
+        backend, logits[:-1], k, "sigmoid_bias", {"correction_bias": fields["correction_bias"]}
+    )
+    counts = backend.put(np.full(64, 1000, np.int32))
+    run(backend, logits, k, "sigmoid_bias", fields, out_counts=counts)
+    assert (backend.get(counts) == 1000 + np.bincount(plain.ravel(), minlength=64)).all()
+
+
+def test_ids_of_shared_experts_elsewhere(backend, rng):
+    """Rank 1 of 4 with 16 local experts and one shared: ids in steps of 17."""
+    local = np.arange(64, dtype=np.int32)
+    fields = {
+        "num_fused_shared_experts": 1,
+        "first_shared_id": 1 * 17 + 16,
+        "expert_map": local + local // 16,
+    }
+    _, plain = run(backend, np.eye(64, dtype=F32), 4, "softmax_topk", {})
+    _, ids = run(backend, np.eye(64, dtype=F32), 4, "softmax_topk", fields)
+    assert (ids[:, :4] == plain + plain // 16).all() and (ids[:, 4] == 33).all()
+    with pytest.raises(ValueError, match="^first_shared_id"):
+        Routing(4, first_shared_id=3)
+    with pytest.raises(ValueError, match="^first_shared_id"):
+        Routing(4, num_fused_shared_experts=1, first_shared_id=-1)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize(
+    "wrong, name",
+    [
+        ({"out_packed": np.zeros((5, 3), np.int32)}, "out_packed"),
+        ({"out_packed": np.zeros((5, 4), np.int64)}, "out_packed"),
+        ({"out_counts": np.zeros(15, np.int32)}, "out_counts"),
+        ({"out_counts": np.zeros(16, F32)}, "out_counts"),
+    ],
+)
+def test_refuses_other_outputs(backend, wrong, name):
+    wrong = {k: backend.put(v) for k, v in wrong.items()}
+    with pytest.raises((ValueError, TypeError), match=f"^{name}"):
+        fusedmoe.route(backend.put(np.zeros((5, 16), F32)), Routing(4), **wrong)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("num_experts, topk", [(96, 8), (256, 8), (384, 8), (512, 10), (1024, 32)])
+@pytest.mark.parametrize("method", ["topk_softmax", "sigmoid", "sigmoid_bias"])
+def test_many_candidates(backend, rng, method, num_experts, topk):
+    """Rows in which many keys are as large as the largest of a lane: the kernel sorts up to 64 of
+    them side by side, and takes more one after the other."""
+    _, fields = fields_of(method, rng, 8, num_experts, topk, bias=0)
+    rows = np.full((8, num_experts), -1, F32)
+    rows[0] = 0
+    for t, lane in enumerate((1, 2, 3, 5, 8), 1):  # all large keys in a few lanes
+        at = np.arange(num_experts)[np.arange(num_experts) % 32 < lane]
+        rows[t, at] = np.sort(rng.standard_normal(len(at)))[:: 1 if t % 2 else -1] + 5
+    rows[6] = np.arange(num_experts) // 100
+    rows[7, ::3] = 1
+    check(backend, rows, num_experts, topk, method, fields)
+    logits = rows.astype(BF16)  # whose scores are further apart than they round
+    _, ids = run(backend, logits, topk, method, fields)
+    _, want = oracle(logits, topk, method, fields)
+    assert (ids == want).all()

@@ -84,10 +84,14 @@ static void route_token(const route_run *run, int64_t token)
 
 /* ---- all methods ----------------------------------------------------------------------------- */
 
+/* route_general exists twice, for CPUs with fused multiply-add and for those whose C library does it; what it is
+ * made of is inlined into either. The bits are the same. */
+#define GENERAL static inline __attribute__((always_inline))
+
 enum { LANES = 32 };
 
 /* A sum in the order of the CUDA kernel: a partial sum for each lane, then halves onto each other. */
-static float sum_lanes(float *lane)
+GENERAL float sum_lanes(float *lane)
 {
     for (int half = LANES / 2; half > 0; half /= 2)
         for (int i = 0; i < half; ++i)
@@ -95,13 +99,13 @@ static float sum_lanes(float *lane)
     return lane[0];
 }
 
-static int64_t load_integer(const void *base, int64_t at, int32_t dtype)
+GENERAL int64_t load_integer(const void *base, int64_t at, int32_t dtype)
 {
     return dtype == MOE_I64 ? ((const int64_t *)base)[at] : ((const int32_t *)base)[at];
 }
 
-static void store_slot(const moe_route_args *args, int64_t row, int32_t slot, int64_t id,
-                       float weight)
+GENERAL void store_slot(const moe_route_args *args, int64_t row, int32_t slot, int64_t id,
+                        float weight)
 {
     const int64_t weight_at = row * args->weights_stride + slot,
                   id_at = row * args->ids_stride + slot;
@@ -114,6 +118,9 @@ static void store_slot(const moe_route_args *args, int64_t row, int32_t slot, in
         ((int64_t *)args->topk_ids)[id_at] = id;
     else
         ((int32_t *)args->topk_ids)[id_at] = (int32_t)id;
+    if (args->packed)
+        args->packed[row * args->packed_stride + slot] =
+            (int32_t)((uint32_t)id << 16 | f32_to_bf16(weight));
 }
 
 /* One row while it is being routed. */
@@ -126,12 +133,12 @@ typedef struct route_row {
     float weights[MOE_MAX_TOPK];
 } route_row;
 
-static float softmax_term(const route_row *row, float x)
+GENERAL float softmax_term(const route_row *row, float x)
 {
-    return x == row->maximum ? 1.0f : route_exp(x - row->maximum);
+    return route_term(x, row->maximum);
 }
 
-static void load_row(const moe_route_args *args, int64_t token, route_row *row)
+GENERAL void load_row(const moe_route_args *args, int64_t token, route_row *row)
 {
     uint32_t largest = 0;
     bool nan = false;
@@ -149,20 +156,22 @@ static void load_row(const moe_route_args *args, int64_t token, route_row *row)
     row->maximum = route_unorder(largest);
     row->bad = nan || !route_is_finite(row->maximum);
     row->sum = 1.0f;
-    if (args->score != MOE_SCORE_SOFTMAX) return;
+    if (!moe_route_needs_sum(args)) return;
     float lane[LANES] = {0};
     for (int32_t e = 0; e < args->num_experts; ++e)
         if (!isnan(row->x[e])) lane[e % LANES] += softmax_term(row, row->x[e]);
     row->sum = sum_lanes(lane);
 }
 
-static float row_score(const moe_route_args *args, const route_row *row, float x)
+GENERAL float row_score(const moe_route_args *args, const route_row *row, float x)
 {
-    return args->score == MOE_SCORE_SOFTMAX ? softmax_term(row, x) / row->sum
-                                            : route_score(args->score, x);
+    if (isnan(x) && args->score != MOE_SCORE_CONSTANT) return x;
+    return args->score == MOE_SCORE_SOFTMAX
+               ? route_mul(softmax_term(row, x), route_reciprocal(row->sum))
+               : route_score(args->score, x);
 }
 
-static void make_keys(const moe_route_args *args, int64_t token, route_row *row)
+GENERAL void make_keys(const moe_route_args *args, int64_t token, route_row *row)
 {
     for (int32_t e = 0; e < args->num_experts; ++e) {
         float key = args->key == MOE_KEY_LOGIT   ? row->x[e]
@@ -175,7 +184,7 @@ static void make_keys(const moe_route_args *args, int64_t token, route_row *row)
 }
 
 /* The largest key of [begin, end) that is not taken, the lowest expert among equals; -1: there is none. */
-static int32_t largest_key(const uint32_t *key, const bool *taken, int32_t begin, int32_t end)
+GENERAL int32_t largest_key(const uint32_t *key, const bool *taken, int32_t begin, int32_t end)
 {
     int32_t best = -1;
     for (int32_t e = begin; e < end; ++e)
@@ -184,7 +193,7 @@ static int32_t largest_key(const uint32_t *key, const bool *taken, int32_t begin
 }
 
 /* Drops the keys that the groups forbid. */
-static void keep_groups(const moe_route_args *args, route_row *row)
+GENERAL void keep_groups(const moe_route_args *args, route_row *row)
 {
     const int32_t size = args->num_experts / args->num_groups;
     bool kept[MOE_MAX_EXPERTS] = {false};
@@ -217,7 +226,7 @@ static void keep_groups(const moe_route_args *args, route_row *row)
         if (!kept[e]) row->key[e] = 0;
 }
 
-static void choose_largest(const moe_route_args *args, route_row *row)
+GENERAL void choose_largest(const moe_route_args *args, route_row *row)
 {
     int32_t count = 0;
     for (int32_t e = 0; e < args->num_experts; ++e) {
@@ -232,7 +241,7 @@ static void choose_largest(const moe_route_args *args, route_row *row)
         row->ids[count] = -1;
 }
 
-static void choose_given(const moe_route_args *args, int64_t token, int64_t number, route_row *row)
+GENERAL void choose_given(const moe_route_args *args, int64_t token, int64_t number, route_row *row)
 {
     int64_t at = token;
     if (args->token_ids) at = load_integer(args->token_ids, token, args->token_ids_dtype);
@@ -248,7 +257,7 @@ static void choose_given(const moe_route_args *args, int64_t token, int64_t numb
 
 /* 1 / the softmax terms of the experts that sparsemixer sees for a slot: those not chosen before it, within the
  * jitter of its own. */
-static float sparsemixer_score(const moe_route_args *args, const route_row *row, int32_t slot)
+GENERAL float sparsemixer_score(const moe_route_args *args, const route_row *row, int32_t slot)
 {
     const float chosen = row->x[row->ids[slot]];
     float lane[LANES] = {0};
@@ -256,12 +265,12 @@ static float sparsemixer_score(const moe_route_args *args, const route_row *row,
         bool seen = route_within_jitter(row->x[e], chosen);
         for (int32_t s = 0; s < slot; ++s)
             seen &= row->ids[s] != e;
-        if (seen) lane[e % LANES] += route_exp(row->x[e] - chosen);
+        if (seen) lane[e % LANES] += isnan(row->x[e]) ? row->x[e] : route_exp(row->x[e] - chosen);
     }
     return 1.0f / sum_lanes(lane);
 }
 
-static float slot_score(const moe_route_args *args, const route_row *row, int32_t slot)
+GENERAL float slot_score(const moe_route_args *args, const route_row *row, int32_t slot)
 {
     const int32_t id = row->ids[slot];
     if (id < 0 || (args->ids == MOE_IDS_LARGEST && row->key[id] == 1)) return 0.0f;
@@ -271,7 +280,7 @@ static float slot_score(const moe_route_args *args, const route_row *row, int32_
     return isnan(score) ? 0.0f : score;
 }
 
-static void weigh(const moe_route_args *args, int64_t token, route_row *row)
+GENERAL void weigh(const moe_route_args *args, int64_t token, route_row *row)
 {
     float lane[LANES] = {0}, sum, routed;
     for (int32_t s = 0; s < args->topk; ++s)
@@ -279,10 +288,11 @@ static void weigh(const moe_route_args *args, int64_t token, route_row *row)
     routed = sum_lanes(lane);
     for (int32_t s = args->topk; s < args->num_slots; ++s) {
         const int64_t at = token * args->logits_stride + args->num_experts + s - args->topk;
-        row->weights[s] = args->shared >= MOE_SHARED_GATE
-                              ? route_score(MOE_SCORE_SIGMOID, load_element(args->router_logits, at,
-                                                                            args->logits_dtype))
-                              : 0.0f;
+        row->weights[s] =
+            args->shared >= MOE_SHARED_GATE
+                ? route_score_or_nan(MOE_SCORE_SIGMOID,
+                                     load_element(args->router_logits, at, args->logits_dtype))
+                : 0.0f;
         if (isnan(row->weights[s])) row->weights[s] = 0.0f;
     }
     memcpy(lane, row->weights, (size_t)args->num_slots * sizeof *lane);
@@ -306,7 +316,7 @@ static void weigh(const moe_route_args *args, int64_t token, route_row *row)
     }
 }
 
-static void route_general(const moe_route_args *args, int64_t token)
+GENERAL void route_general_body(const moe_route_args *args, int64_t token)
 {
     const int64_t number = args->first_token + token;
     if (args->num_token_non_padded && number >= *args->num_token_non_padded) {
@@ -326,10 +336,27 @@ static void route_general(const moe_route_args *args, int64_t token)
     weigh(args, token, &row);
     for (int32_t s = 0; s < args->num_slots; ++s) {
         const int64_t id = s < args->topk ? route_map_id(args, number, row.ids[s])
-                                          : args->num_experts + s - args->topk;
+                                          : args->shared_id + s - args->topk;
+        if (args->counts && s < args->topk && row.ids[s] >= 0)
+            __atomic_fetch_add(&args->counts[row.ids[s]], 1, __ATOMIC_RELAXED);
         store_slot(args, token, s, id, row.weights[s]);
     }
 }
+
+static void route_general(const moe_route_args *args, int64_t token)
+{
+    route_general_body(args, token);
+}
+
+#if defined(__x86_64__) && !defined(__FMA__)
+__attribute__((target("avx2,fma"))) static void route_general_fma(const moe_route_args *args,
+                                                                  int64_t token)
+{
+    route_general_body(args, token);
+}
+#else
+#define route_general_fma route_general
+#endif
 
 static void route_region(void *context, int thread)
 {
@@ -339,7 +366,9 @@ static void route_region(void *context, int thread)
         int64_t token = atomic_fetch_add_explicit(&run->next, BLOCK_TOKENS, memory_order_relaxed);
         for (int i = 0; i < BLOCK_TOKENS; ++i, ++token) {
             if (token >= run->args->num_tokens) return;
-            if (run->args->general)
+            if (run->args->general && run->simd->level >= MOE_SIMD_AVX2)
+                route_general_fma(run->args, token);
+            else if (run->args->general)
                 route_general(run->args, token);
             else
                 route_token(run, token);

@@ -221,10 +221,16 @@ static CUresult load_kernel(const moe_driver *driver, CUlibrary library, const m
 {
     CUfunction *function = &state->kernels[slot].function;
     CUkernel kernel = NULL;
+    int smem_bytes = row->smem_bytes, smem_static = 0;
     CUresult code = driver->cuLibraryGetKernel(&kernel, library, row->name);
-    if (code == CUDA_SUCCESS && row->smem_bytes > 48 * 1024)
+    if (code == CUDA_SUCCESS && smem_bytes == MOE_SMEM_ALL) {
+        code = driver->cuKernelGetAttribute(&smem_static, CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES,
+                                            kernel, state->handle);
+        smem_bytes = state->info.smem_per_block - smem_static;
+    }
+    if (code == CUDA_SUCCESS && smem_bytes > 48 * 1024)
         code = driver->cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                                            row->smem_bytes, kernel, state->handle);
+                                            smem_bytes, kernel, state->handle);
     /* asking for the function loads the code now, so that no later launch has to do it inside a capture */
     if (code == CUDA_SUCCESS) code = driver->cuKernelGetFunction(function, kernel);
     /* griddepcontrol is there in code made from compute_90 on, not in the compute_80 PTX compiled for a newer GPU */

@@ -69,11 +69,13 @@ typedef struct moe_device {
     } kernels[MOE_MAX_KERNELS]; /* by row of the kernel table */
 } moe_device;
 
+enum { MOE_SMEM_ALL = -1 }; /* as much dynamic shared memory as a block of the device can have */
+
 /* One row of the kernel table (launch.c). */
 typedef struct moe_kernel_row {
     const char *name;
     const char *fatbin; /* the .cu file that holds it */
-    int smem_bytes;     /* dynamic, more than 48 KiB has to be asked for */
+    int smem_bytes;     /* dynamic, more than 48 KiB has to be asked for; MOE_SMEM_ALL */
     int arch;           /* 80: any from sm_80 on; 90: sm_90a only */
     int param_bytes;    /* of its stage struct, checked against the code's; 0: none */
 } moe_kernel_row;

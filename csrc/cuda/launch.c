@@ -11,11 +11,14 @@
 #include <string.h>
 
 enum {
-    KERNEL_ROUTE = 0,
-    KERNEL_ROUTE_GENERAL,
-    KERNEL_ALIGN_ONE,
+#define MOE_ROUTE_VARIANT(name, held, packed, score, key, groups) ROUTE_##name,
+#include "../../kernels/route_variants.def"
+    NUM_ROUTE_VARIANTS
+};
+
+enum {
+    KERNEL_ALIGN_ONE = 0,
     KERNEL_ALIGN_COUNT,
-    KERNEL_ALIGN_SCAN,
     KERNEL_ALIGN_PLACE,
     KERNEL_ALIGN_TILES,
     KERNEL_ALIGN_PAD,
@@ -24,6 +27,13 @@ enum {
     KERNEL_COMBINE_BF16_ANY,
     KERNEL_COMBINE_F16_ANY,
     KERNEL_HOPPER_PROBE,
+    KERNEL_ROUTE_GENERAL,                                 /* up to 128, 256, 512, 1024 experts */
+    KERNEL_ROUTE_GENERAL_LAST = KERNEL_ROUTE_GENERAL + 3, /* rows of route_variants.def follow */
+#define MOE_ROUTE_VARIANT(name, held, packed, score, key, groups) KERNEL_ROUTE_##name,
+#include "../../kernels/route_variants.def"
+    KERNEL_LAST_ROUTE = KERNEL_ROUTE_GENERAL + 3 + NUM_ROUTE_VARIANTS,
+#define MOE_ROUTE_ALIGN_VARIANT(name, held, packed, score, key, groups) KERNEL_ROUTE_ALIGN_##name,
+#include "../../kernels/route_variants.def"
     KERNEL_FIRST_VARIANT /* rows of gemm_variants.def follow */
 };
 
@@ -35,12 +45,9 @@ enum {
 #define FILE_sm90a(stage) stage "_sm90a"
 
 static const moe_kernel_row KERNELS[] = {
-    [KERNEL_ROUTE] = {"moe_route", "route", 0, 80, sizeof(moe_route_softmax_args)},
-    [KERNEL_ROUTE_GENERAL] = {"moe_route_general", "route", 0, 80, sizeof(moe_route_args)},
-    [KERNEL_ALIGN_ONE] = {"moe_align_one", "align", 0, 80, sizeof(moe_align_args)},
+    [KERNEL_ALIGN_ONE] = {"moe_align_one", "align", MOE_SMEM_ALL, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_COUNT] = {"moe_align_count", "align", 0, 80, sizeof(moe_align_args)},
-    [KERNEL_ALIGN_SCAN] = {"moe_align_scan", "align", 0, 80, sizeof(moe_align_args)},
-    [KERNEL_ALIGN_PLACE] = {"moe_align_place", "align", 0, 80, sizeof(moe_align_args)},
+    [KERNEL_ALIGN_PLACE] = {"moe_align_place", "align", MOE_SMEM_ALL, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_TILES] = {"moe_align_tiles", "align", 0, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_PAD] = {"moe_align_pad", "align", 0, 80, sizeof(moe_pad_args)},
     [KERNEL_COMBINE_BF16] = {"moe_combine_bf16", "combine", 0, 80, sizeof(moe_combine_args)},
@@ -49,6 +56,16 @@ static const moe_kernel_row KERNELS[] = {
                                  sizeof(moe_combine_args)},
     [KERNEL_COMBINE_F16_ANY] = {"moe_combine_f16_any", "combine", 0, 80, sizeof(moe_combine_args)},
     [KERNEL_HOPPER_PROBE] = {"moe_hopper_probe", "hopper_probe", 0, 90, 0},
+    {"moe_route_general_4", "route", 0, 80, sizeof(moe_route_args)},
+    {"moe_route_general_8", "route", 0, 80, sizeof(moe_route_args)},
+    {"moe_route_general_16", "route", 0, 80, sizeof(moe_route_args)},
+    {"moe_route_general_32", "route", 0, 80, sizeof(moe_route_args)},
+#define MOE_ROUTE_VARIANT(name, held, packed, score, key, groups)                                  \
+    {"moe_route_" #name, "route", 0, 80, sizeof(moe_route_plain_args)},
+#include "../../kernels/route_variants.def"
+#define MOE_ROUTE_ALIGN_VARIANT(name, held, packed, score, key, groups)                            \
+    {"moe_route_align_" #name, "route_align", MOE_SMEM_ALL, 80, sizeof(moe_route_align_args)},
+#include "../../kernels/route_variants.def"
 #define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
                          stages, wm, wn, wk, cluster, align)                                       \
     {#name, FILE_##arch(#stage), MOE_GEMM_SMEM_BYTES(rows, cols, k, stages), ARCH_##arch,          \
@@ -72,6 +89,7 @@ typedef struct geometry {
     int threads;
     int smem_bytes;
     bool dependent; /* may start before the kernel in front of it has ended */
+    bool cluster;   /* all blocks are one */
 } geometry;
 
 static atomic_bool synchronise_launches, leave_out_launches, ptx_only;
@@ -122,10 +140,19 @@ static int launch(int kernel, const geometry *g, void *args, int device, void *s
         return moe_fail(err, MOE_ERROR_VALUE, "num_tokens: %s would need %lld thread blocks",
                         KERNELS[kernel].name, (long long)g->blocks);
     if (atomic_load_explicit(&leave_out_launches, memory_order_relaxed)) return MOE_OK;
-    CUlaunchAttribute attribute;
-    memset(&attribute, 0, sizeof attribute);
-    attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-    attribute.value.programmaticStreamSerializationAllowed = 1;
+    CUlaunchAttribute attributes[2];
+    unsigned num_attributes = 0;
+    memset(attributes, 0, sizeof attributes);
+    if (g->dependent && state->kernels[kernel].dependent) {
+        attributes[num_attributes].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attributes[num_attributes++].value.programmaticStreamSerializationAllowed = 1;
+    }
+    if (g->cluster && g->blocks > 1) {
+        attributes[num_attributes].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        attributes[num_attributes].value.clusterDim.x = (unsigned)g->blocks;
+        attributes[num_attributes].value.clusterDim.y = 1;
+        attributes[num_attributes++].value.clusterDim.z = 1;
+    }
     CUlaunchConfig config;
     memset(&config, 0, sizeof config);
     config.gridDimX = (unsigned)g->blocks;
@@ -134,8 +161,8 @@ static int launch(int kernel, const geometry *g, void *args, int device, void *s
     config.blockDimY = config.blockDimZ = 1;
     config.sharedMemBytes = (unsigned)g->smem_bytes;
     config.hStream = stream;
-    config.attrs = &attribute;
-    config.numAttrs = g->dependent && state->kernels[kernel].dependent;
+    config.attrs = attributes;
+    config.numAttrs = num_attributes;
     void *params[] = {args};
     if (moe_context_enter(driver, state, &pushed, err)) return err->status;
     CUresult code = driver->cuLaunchKernelEx(&config, function, params, NULL);
@@ -155,30 +182,89 @@ static int64_t ceil_div(int64_t a, int64_t b)
     return (a + b - 1) / b;
 }
 
+static moe_route_plain_args plain_args(const moe_route_args *a)
+{
+    const moe_route_plain_args plain = {
+        .router_logits = a->router_logits,
+        .topk_weights = a->topk_weights,
+        .topk_ids = a->topk_ids,
+        .correction_bias = a->bias == MOE_BIAS_KEY ? a->correction_bias : NULL,
+        .num_token_non_padded = a->num_token_non_padded,
+        .logits_stride = a->logits_stride,
+        .weights_stride = a->weights_stride,
+        .ids_stride = a->ids_stride,
+        .num_tokens = a->num_tokens,
+        .first_token = a->first_token,
+        .num_experts = a->num_experts,
+        .topk = a->topk,
+        .num_groups = a->num_groups,
+        .topk_groups = a->topk_groups,
+        .groups = a->groups,
+        .logits_dtype = a->logits_dtype,
+        .bias_dtype = a->bias_dtype,
+        .ids_dtype = a->ids_dtype,
+        .score = a->score,
+        .renormalize = a->renormalize,
+        .scale = a->scale,
+    };
+    return plain;
+}
+
 int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device, void *stream,
                    moe_error *err)
 {
     (void)plan;
-    moe_route_args a = *args;
-    const geometry g = {ceil_div(a.num_tokens, MOE_ROUTE_THREADS / 32), MOE_ROUTE_THREADS, 0, true};
-    if (a.general) return launch(KERNEL_ROUTE_GENERAL, &g, &a, device, stream, err);
-    moe_route_softmax_args s = {a.router_logits,  a.topk_weights, a.topk_ids,   a.logits_stride,
-                                a.weights_stride, a.ids_stride,   a.num_tokens, a.num_experts,
-                                a.topk,           a.logits_dtype, a.ids_dtype,  a.renormalize,
-                                a.scale};
-    return launch(KERNEL_ROUTE, &g, &s, device, stream, err);
+    const char *text = getenv("ROUTE_WARPS");
+    const int warps = text ? atoi(text) : 4;
+    const geometry g = {ceil_div(args->num_tokens, warps), 32 * warps, 0, true, false};
+    const int32_t variant = moe_route_variant(args);
+    if (variant < 0) {
+        moe_route_args a = *args;
+        const int tier = (a.num_experts > 128) + (a.num_experts > 256) + (a.num_experts > 512);
+        return launch(KERNEL_ROUTE_GENERAL + tier, &g, &a, device, stream, err);
+    }
+    moe_route_plain_args a = plain_args(args);
+    return launch(KERNEL_ROUTE_GENERAL + 4 + variant, &g, &a, device, stream, err);
+}
+
+int moe_cuda_route_align(const moe_plan *plan, const moe_route_args *route,
+                         const moe_align_args *align, int32_t blocks, int device, void *stream,
+                         moe_error *err)
+{
+    (void)plan;
+    moe_route_align_args a = {plain_args(route), *align};
+    const geometry g = {
+        blocks, MOE_ROUTE_ALIGN_THREADS,
+        (int)MOE_ALIGN_SMEM_BYTES(align->num_experts, align->num_tokens * align->topk), true, true};
+    return launch(KERNEL_LAST_ROUTE + 1 + moe_route_variant(route), &g, &a, device, stream, err);
+}
+
+/* Threads for num_slots slots: at least one for each expert, which a barrier may have to wait for. */
+static int align_threads(int64_t num_slots, int32_t num_experts)
+{
+    return num_slots <= MOE_ALIGN_THREADS / 2 && num_experts <= MOE_ALIGN_THREADS / 2
+               ? MOE_ALIGN_THREADS / 2
+               : MOE_ALIGN_THREADS;
 }
 
 int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device, void *stream,
                    moe_error *err)
 {
     moe_align_args a = *args;
-    const geometry one = {1, MOE_ALIGN_THREADS, 0, true},
-                   many = {plan->align_blocks, MOE_ALIGN_THREADS, 0, true};
-    if (plan->align_blocks == 1) return launch(KERNEL_ALIGN_ONE, &one, &a, device, stream, err);
-    if (launch(KERNEL_ALIGN_COUNT, &many, &a, device, stream, err)) return err->status;
-    if (launch(KERNEL_ALIGN_SCAN, &one, &a, device, stream, err)) return err->status;
-    return launch(KERNEL_ALIGN_PLACE, &many, &a, device, stream, err);
+    const int64_t num_slots = a.num_tokens * a.topk;
+    if (plan->align_blocks == 1) {
+        const geometry one = {1, align_threads(num_slots, a.num_experts),
+                              (int)MOE_ALIGN_SMEM_BYTES(a.num_experts, num_slots), true, false};
+        return launch(KERNEL_ALIGN_ONE, &one, &a, device, stream, err);
+    }
+    const int threads = align_threads(ceil_div(num_slots, plan->align_blocks), a.num_experts);
+    int64_t piece = MOE_ALIGN_PIECE_SLOTS(a.num_experts);
+    if (piece > threads) piece = threads;
+    const geometry count = {plan->align_blocks, threads, 0, true, false},
+                   place = {plan->align_blocks, threads,
+                            (int)MOE_ALIGN_SMEM_BYTES(a.num_experts, piece), true, false};
+    if (launch(KERNEL_ALIGN_COUNT, &count, &a, device, stream, err)) return err->status;
+    return launch(KERNEL_ALIGN_PLACE, &place, &a, device, stream, err);
 }
 
 int moe_cuda_align_tiles(const moe_plan *plan, const moe_align_args *args, int device, void *stream,
@@ -186,7 +272,7 @@ int moe_cuda_align_tiles(const moe_plan *plan, const moe_align_args *args, int d
 {
     (void)plan;
     moe_align_args a = *args;
-    const geometry g = {1, MOE_ALIGN_THREADS, 0, true};
+    const geometry g = {1, MOE_ALIGN_THREADS, 0, true, false};
     return launch(KERNEL_ALIGN_TILES, &g, &a, device, stream, err);
 }
 
@@ -196,7 +282,10 @@ int moe_cuda_align_pad(const moe_plan *plan, const moe_pad_args *args, int devic
     moe_pad_args a = *args;
     const int64_t blocks = a.sorted_token_ids ? ceil_div(a.capacity, MOE_ALIGN_THREADS) : 1,
                   most = 2 * plan->num_sms;
-    const geometry g = {blocks < 1 ? 1 : blocks < most ? blocks : most, MOE_ALIGN_THREADS, 0, true};
+    const geometry g = {blocks < 1      ? 1
+                        : blocks < most ? blocks
+                                        : most,
+                        MOE_ALIGN_THREADS, 0, true, false};
     return launch(KERNEL_ALIGN_PAD, &g, &a, device, stream, err);
 }
 
@@ -204,7 +293,7 @@ static geometry gemm_geometry(const moe_gemm_plan *gemm, int32_t max_tiles)
 {
     int64_t blocks = (int64_t)gemm->grid_cols * max_tiles;
     if (gemm->max_blocks > 0 && blocks > gemm->max_blocks) blocks = gemm->max_blocks;
-    const geometry g = {blocks, gemm->threads, gemm->smem_bytes, true};
+    const geometry g = {blocks, gemm->threads, gemm->smem_bytes, true, false};
     return g;
 }
 
@@ -234,7 +323,7 @@ int moe_cuda_combine(const moe_plan *plan, const moe_combine_args *args, int dev
     int kernel = vector ? (bf16 ? KERNEL_COMBINE_BF16 : KERNEL_COMBINE_F16)
                         : (bf16 ? KERNEL_COMBINE_BF16_ANY : KERNEL_COMBINE_F16_ANY);
     int64_t blocks = a.num_tokens * ceil_div(a.hidden_size, MOE_COMBINE_COLS);
-    const geometry g = {blocks < (1 << 30) ? blocks : 1 << 30, MOE_COMBINE_THREADS, 0, true};
+    const geometry g = {blocks < (1 << 30) ? blocks : 1 << 30, MOE_COMBINE_THREADS, 0, true, false};
     return launch(kernel, &g, &a, device, stream, err);
 }
 

@@ -16,6 +16,7 @@ _WHERE = {
     "fused_moe": "ops",
     "fused_experts": "ops",
     "route": "ops",
+    "route_align": "ops",
     "align": "ops",
     "gate_up": "ops",
     "down": "ops",

@@ -252,7 +252,17 @@ def fused_experts(
     )
 
 
-def route(router_logits, routing=None, *, out_weights=None, out_ids=None, stream=None, **fields):
+def route(
+    router_logits,
+    routing=None,
+    *,
+    out_weights=None,
+    out_ids=None,
+    out_packed=None,
+    out_counts=None,
+    stream=None,
+    **fields,
+):
     """Stage 1: the experts of each token and their weights.
 
         x = router_logits[t];  s = score(x);  key = x or s, + correction_bias
@@ -271,6 +281,10 @@ def route(router_logits, routing=None, *, out_weights=None, out_ids=None, stream
             allocated as routing.weights_dtype.
         out_ids: [num_tokens, routing.num_slots] int32 or int64, written. None: allocated as
             routing.ids_dtype.
+        out_packed: [num_tokens, routing.num_slots] int32, written too: the low 16 bits of the id
+            above those of the weight as bfloat16. None: not wanted.
+        out_counts: [num_experts] int32, added to: the tokens that chose an expert, before any map
+            and without shared slots. None: not wanted.
         stream: as `fused_experts`.
 
     Returns:
@@ -278,12 +292,7 @@ def route(router_logits, routing=None, *, out_weights=None, out_ids=None, stream
 
     Oracle: reference.route.
     """
-    if routing is None and fields:
-        routing = Routing(**fields)
-    elif fields:
-        raise TypeError(f"routing: expected None where its fields are given ({', '.join(fields)})")
-    if not isinstance(routing, Routing):
-        raise TypeError(f"routing: expected a fusedmoe.Routing, got {type(routing).__name__}")
+    routing = _routing_of(routing, fields)
     return _C.route(
         router_logits,
         routing.topk,
@@ -293,6 +302,70 @@ def route(router_logits, routing=None, *, out_weights=None, out_ids=None, stream
         routing.ids_dtype,
         out_weights,
         out_ids,
+        out_packed,
+        out_counts,
+        stream,
+    )
+
+
+def _routing_of(routing, fields):
+    if routing is None and fields:
+        return Routing(**fields)
+    if fields:
+        raise TypeError(f"routing: expected None where its fields are given ({', '.join(fields)})")
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing: expected a fusedmoe.Routing, got {type(routing).__name__}")
+    return routing
+
+
+def route_align(
+    router_logits,
+    routing,
+    *,
+    num_experts=None,
+    expert_map=None,
+    expert_start=None,
+    out_weights=None,
+    out_ids=None,
+    out_expert_offsets=None,
+    out_sorted_token_ids=None,
+    out_row_of_slot=None,
+    workspace=None,
+    stream=None,
+):
+    """Stages 1 and 2, on a GPU in one launch for few tokens.
+
+        topk_weights, topk_ids = route(router_logits, routing)
+        expert_offsets, sorted_token_ids, row_of_slot = align(topk_ids, num_experts, ...)
+
+    Args:
+        router_logits, routing, out_weights, out_ids: as `route`; topk_weights that are allocated
+            are float32.
+        num_experts: experts held here, 1 to 1024. None: those of router_logits and the shared ones.
+        All others: as `align`.
+
+    Returns:
+        (topk_weights, topk_ids, expert_offsets, sorted_token_ids, row_of_slot).
+
+    Oracle: reference.route, reference.align.
+    """
+    routing = _routing_of(routing, {})
+    return _C.route_align(
+        router_logits,
+        routing.topk,
+        routing.kernel_method,
+        routing.routed_scaling_factor,
+        routing.knobs,
+        num_experts,
+        expert_map,
+        expert_start,
+        routing.ids_dtype,
+        out_weights,
+        out_ids,
+        out_expert_offsets,
+        out_sorted_token_ids,
+        out_row_of_slot,
+        workspace,
         stream,
     )
 

@@ -63,6 +63,8 @@ class Routing:
             which the best topk_groups are kept. softmax_quota: topk / num_groups from each group.
         num_fused_shared_experts: slots of experts that every token visits, behind the topk routed
             ones, ids num_experts, num_experts + 1, ...
+        first_shared_id: the first of these ids, where they are others: with expert_map the layout
+            of expert parallelism, rank * (local + shared) + local.
         shared_weight: of these slots. "sum" or None: the sum of the routed weights over
             routed_scaling_factor, before both are applied: 1 where renormalised. A number: that
             weight. "gate": the sigmoid of a column of router_logits of its own, behind those of the
@@ -100,6 +102,7 @@ class Routing:
     topk_groups: int | None = None
     num_fused_shared_experts: int = 0
     shared_weight: float | str | None = None
+    first_shared_id: int | None = None
     num_zero_experts: int = 0
     num_token_non_padded: Any = None
     expert_map: Any = None
@@ -182,6 +185,13 @@ class Routing:
                 )
         elif weight is not None:
             _check_number("shared_weight", weight)
+        if self.first_shared_id is not None:
+            _check_count("first_shared_id", self.first_shared_id, 0, 2**31 - 1 - MAX_TOPK)
+            if not count:
+                raise ValueError(
+                    "first_shared_id: expected None without num_fused_shared_experts, got "
+                    f"{self.first_shared_id}"
+                )
         if weight is not None and not count:
             raise ValueError(
                 f"shared_weight: expected None without num_fused_shared_experts, got {weight!r}"
@@ -217,6 +227,7 @@ class Routing:
             self.num_zero_experts,
             self.softcap,
             self.weights_dtype,
+            self.first_shared_id,
             self.correction_bias,
             self.expert_scale,
             self.num_token_non_padded,
