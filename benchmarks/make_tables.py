@@ -1,7 +1,8 @@
-"""Writes the tables of README.md from the records, between the markers that name them.
+"""Writes the tables of README.md and docs/routing.md from the records, between the markers that
+name them.
 
-    python benchmarks/make_tables.py            rewrites README.md
-    python benchmarks/make_tables.py --check    exit 1 where README.md is not what the records give
+    python benchmarks/make_tables.py            rewrites both
+    python benchmarks/make_tables.py --check    exit 1 where one is not what the records give
 
 A marker is a line `<!-- table: NAME -->`; its table ends at `<!-- end of table -->`.
 """
@@ -13,7 +14,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent / "README.md"
+DOCUMENTS = [HERE.parent / "README.md", HERE.parent / "docs" / "routing.md"]
+KERNELS, TESTS = HERE.parent / "kernels", HERE.parent / "tests"
 RESULTS = HERE / "results"
 SHOWN_TOKENS = (1, 8, 64, 512, 4096, 16384)
 
@@ -61,7 +63,80 @@ def host():
     return markdown(rows) + source(document, about)
 
 
-TABLES = {"portable": portable, "cpu": cpu, "host": host}
+# Methods of docs/routing.md: who uses them, and what else is worth knowing.
+ROUTING_MODELS = {
+    "softmax_topk": "OLMoE, Jamba, Qwen1.5-MoE; with `softcap` Grok",
+    "topk_softmax": "Mixtral, Qwen3-MoE, Qwen3-Next, gpt-oss, Granite, DBRX; with `expert_scale` "
+    "Gemma 4",
+    "sigmoid": "LFM2 without bias",
+    "topk_sigmoid": "the same where sigmoid saturates at 1: orders on",
+    "llama4": "Llama 4: topk 1, with `apply_router_weight_on_input`",
+    "sigmoid_bias": "Kimi K2, MiniMax-M2, GLM-4.5, Step 3, Nemotron 3, dots1",
+    "sigmoid_grouped": "DeepSeek-V3 without its bias",
+    "sigmoid_bias_grouped": "DeepSeek-V3, R1, V3.2, Ling",
+    "sigmoid_bias_sink": 'Inkling: shared experts in the sum (`shared_weight="sink"`)',
+    "softmax_grouped": "DeepSeek-V2",
+    "softmax_bias_grouped": "DeepSeek-V2 with a bias",
+    "sqrt_softplus": "DeepSeek-V4 without its bias",
+    "sqrt_softplus_bias": "DeepSeek-V4",
+    "hash": "DeepSeek-V4, its first layers: `tid2eid`, `token_ids`",
+    "softmax_bias": "ERNIE 4.5 (renormalised), LongCat (`num_zero_experts`): weights without the "
+    "bias",
+    "softmax_of_biased": "weights are softmax(x + bias)",
+    "softmax_biased_choice": "chosen by x + bias, weights softmax(x)",
+    "softmax_quota": "Intern-S1-Pro: topk / num_groups of each group",
+    "sparsemixer": "Phi-3.5-MoE: topk 1 or 2, jitter 0.01",
+    "forced": "replay: `tid2eid` is [num_tokens, topk]",
+    "simulated_uniform": "benchmarks; ids are a hash of (token, expert)",
+    "simulated_round_robin": "benchmarks",
+    "simulated_zipf": "benchmarks; the first choice is expert e with probability ~ 1 / (e + 1)",
+}
+CORRECT_ONLY = ("sparsemixer", "softmax_quota", "simulated_")
+ROUTING_TOKENS = (1, 256, 16384)
+
+
+def routing_methods():
+    """Every method: its knobs from route_methods.def, its test, and what it takes."""
+    rule = r"^MOE_ROUTE_METHOD\((\w+), *(\w+), *(\w+), *(\w+), *(\w+), *(\w+), *(\w+)\)"
+    text = (KERNELS / "route_methods.def").read_text(encoding="utf-8")
+    methods = re.findall(rule, text, re.MULTILINE)
+    for name in ("h200_routing.json", "h100_routing.json"):
+        document, records = load(name, lambda r: r["op"] == "route")
+        if records:
+            break
+    head = ["method", "models", "score", "key", "bias", "groups", "ids", "renormalize", "test"]
+    rows = [head + ["of"] + [f"µs at {n:,}" for n in ROUTING_TOKENS]]
+    for method, *knobs in methods:
+        knobs = ["" if knob == "NONE" else knob.lower() for knob in knobs]
+        mine = [r for r in records if r["method"] == method and r["num_tokens"] == 16384]
+        shape = min(mine, key=lambda r: r["num_experts"], default=None)
+        if method.startswith(CORRECT_ONLY):
+            speed = ["", *["correct only"] * len(ROUTING_TOKENS)]
+        elif shape is None:
+            speed = ["", *["-"] * len(ROUTING_TOKENS)]
+        else:
+            same = ("num_experts", "topk", "logits_dtype")
+            us = {
+                r["num_tokens"]: r["us"]
+                for r in records
+                if r["method"] == method and all(r[key] == shape[key] for key in same)
+            }
+            speed = ["{num_experts}/{topk} {logits_dtype}".format(**shape)]
+            speed += [f"{us[n]:.2f}" if n in us else "-" for n in ROUTING_TOKENS]
+        rows.append([f"`{method}`", ROUTING_MODELS[method], *knobs, routing_test(method), *speed])
+    return markdown(rows) + source(document)
+
+
+def routing_test(method):
+    """A test whose parameters are all methods names none; the random ones have their own."""
+    where = "test_routing_methods.py"
+    name = "test_simulated" if method.startswith("simulated") else "test_method"
+    if f"def {name}(" not in (TESTS / where).read_text(encoding="utf-8"):
+        raise SystemExit(f"{where}: expected {name}, which the table of methods names")
+    return f"`{name}`"
+
+
+TABLES = {"portable": portable, "cpu": cpu, "host": host, "routing_methods": routing_methods}
 
 
 def load(name, wanted):
@@ -103,7 +178,7 @@ def rewrite(text):
     def table(found):
         name = found[1]
         if name not in TABLES:
-            raise SystemExit(f"README.md: table: expected one of {', '.join(TABLES)}, got {name}")
+            raise SystemExit(f"table: expected one of {', '.join(TABLES)}, got {name}")
         return f"<!-- table: {name} -->\n{TABLES[name]()}<!-- end of table -->"
 
     pattern = r"<!-- table: (\w+) -->\n.*?<!-- end of table -->"
@@ -114,14 +189,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    old = README.read_text(encoding="utf-8")
-    new = rewrite(old)
-    if args.check:
-        if new != old:
-            print("README.md is not what the records give: run python benchmarks/make_tables.py")
-        return int(new != old)
-    README.write_text(new, encoding="utf-8")
-    return 0
+    stale = 0
+    for path in DOCUMENTS:
+        old = path.read_text(encoding="utf-8")
+        new = rewrite(old)
+        stale += new != old
+        if args.check and new != old:
+            print(f"{path.name} is not what the records give: run python benchmarks/make_tables.py")
+        elif not args.check:
+            path.write_text(new, encoding="utf-8")
+    return int(args.check and stale > 0)
 
 
 if __name__ == "__main__":

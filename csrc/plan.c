@@ -7,7 +7,6 @@
 
 #include <inttypes.h>
 #include <math.h>
-#include <stdlib.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -308,12 +307,10 @@ static int64_t take(int64_t *total, bool used, int64_t bytes)
 static int32_t align_blocks(const moe_plan *plan, int64_t num_slots)
 {
     const int32_t num_experts = plan->problem.num_experts;
-    const int64_t most_slots =
-                      getenv("ALIGN_SLOTS") ? atoi(getenv("ALIGN_SLOTS")) : MOE_ALIGN_ONE_SLOTS,
-                  most_bytes = min64(getenv("ALIGN_KB") ? 1024 * atoi(getenv("ALIGN_KB")) : 1 << 20,
-                                     plan->smem_per_block - MOE_ALIGN_STATIC_BYTES);
     if (plan->backend == MOE_CPU ||
-        (num_slots <= most_slots && MOE_ALIGN_SMEM_BYTES(num_experts, num_slots) <= most_bytes))
+        (num_slots <= MOE_ALIGN_ONE_SLOTS &&
+         MOE_ALIGN_SMEM_BYTES(num_experts, num_slots) + MOE_ALIGN_STATIC_BYTES <=
+             plan->smem_per_block))
         return 1;
     const int64_t blocks = ceil_div(num_slots, MOE_ALIGN_THREADS / 2);
     return (int32_t)(blocks < 2 ? 2 : min64(blocks, MOE_ALIGN_MAX_BLOCKS));

@@ -18,7 +18,7 @@
 
 static constexpr int kThreads = MOE_ALIGN_THREADS;
 static_assert(kThreads >= kMaxExperts, "a thread for each expert");
-static constexpr int kSlotsOne = MOE_ALIGN_ONE_SLOTS / 512; // of a thread; there are 512 at least
+static constexpr int kSlotsOne = MOE_ALIGN_ONE_SLOTS / kThreads; // of a thread
 
 // The slots of this block: a contiguous part, equal but for the last.
 static __device__ __forceinline__ void block_slots(const moe_align_args &args, int64_t &begin,
@@ -54,16 +54,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         if (expert[i] >= 0) matrix.set(expert[i], threadIdx.x + i * threads);
     }
     __syncthreads();
-    count_rows(matrix, rows);
+    int32_t num_rows = place_experts(args, matrix, count_rows(matrix, rows));
     __syncthreads();
-    place_experts(args, matrix, rows);
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kSlotsOne; ++i) {
-        if (i * threads >= num_slots) break;
-        int32_t slot = threadIdx.x + i * threads;
-        if (slot < num_slots) place_slot(args, matrix, 0, slot, expert[i]);
-    }
+    place_all<kSlotsOne>(args, matrix, num_slots, num_rows,
+                         [&](int i, int32_t) { return expert[i]; });
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -139,13 +133,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     {
         int32_t own = threadIdx.x < num_experts ? rows[threadIdx.x] : 0;
-        expert_scan scan = scan_experts(num_experts, own, tiles_of(args, own));
+        int32_t tiles = tiles_of(args, own);
+        expert_scan scan = scan_experts(num_experts, own, tiles);
         if (threadIdx.x < num_experts)
             matrix.start[threadIdx.x] = scan.first_row + mine[threadIdx.x];
         if (blockIdx.x == gridDim.x - 1) { // has the fewest slots
             if (threadIdx.x < num_experts) args.expert_offsets[threadIdx.x] = scan.first_row;
             if (threadIdx.x == 0) args.expert_offsets[num_experts] = scan.num_rows;
-            write_tiles(args, threadIdx.x, own, scan.first_row, scan);
+            write_tiles(args, threadIdx.x, own, tiles, scan.first_row, scan);
         }
     }
     for (; begin < end; begin += piece) {
@@ -153,7 +148,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         int32_t slot = threadIdx.x;
         if (to >= 0) matrix.set(to, slot);
         __syncthreads();
-        count_rows(matrix, rows);
+        int32_t counted = count_rows(matrix, rows);
         __syncthreads();
         if (slot < num_slots) place_slot(args, matrix, begin, slot, to);
         if (begin + piece >= end) break;
@@ -161,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                  ? load_expert(args, begin + piece + slot)
                  : -1;
         __syncthreads();
-        if (threadIdx.x < num_experts) matrix.start[threadIdx.x] += rows[threadIdx.x];
+        if (threadIdx.x < num_experts) matrix.start[threadIdx.x] += counted;
         matrix.clear();
         __syncthreads();
     }
@@ -179,8 +174,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         first = min(max(args.expert_offsets[expert], 0), num_slots);
         rows = min(max(args.expert_offsets[expert + 1], first), num_slots) - first;
     }
-    expert_scan scan = scan_experts(args.num_experts, 0, tiles_of(args, rows));
-    write_tiles(args, expert, rows, first, scan);
+    int32_t tiles = tiles_of(args, rows);
+    expert_scan scan = scan_experts(args.num_experts, 0, tiles);
+    write_tiles(args, expert, rows, tiles, first, scan);
 }
 
 // Every block makes all starts again: a scan of a few hundred counts is shorter than a launch.

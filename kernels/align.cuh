@@ -61,34 +61,63 @@ static __device__ __forceinline__ int32_t count_bits(const uint4 &words)
     return __popc(words.x) + __popc(words.y) + __popc(words.z) + __popc(words.w);
 }
 
-// rows[e]: bits of row e; `before`. Neighbouring threads share a row where there are more of them than rows.
-static __device__ __forceinline__ void count_rows(const bit_matrix &matrix, int32_t *rows)
+// The rows of the thread's expert, and `before`. A thread for each expert; rows is scratch for num_experts of them.
+static __device__ __forceinline__ int32_t count_rows(const bit_matrix &matrix, int32_t *rows)
 {
-    int32_t lane = threadIdx.x % 32, parts = 1;
-    while (2 * parts * matrix.num_experts <= static_cast<int32_t>(blockDim.x) &&
-           4 * parts < matrix.steps && parts < 32)
-        parts *= 2;
-    int32_t part = lane % parts, share = (matrix.steps + parts - 1) / parts;
-    int32_t begin = part * share, end = min(begin + share, matrix.steps);
-    int32_t first = static_cast<int32_t>(threadIdx.x - lane) / parts;
-    for (; first < matrix.num_experts; first += blockDim.x / parts) {
-        int32_t expert = first + lane / parts, sum = 0;
-        bool mine = expert < matrix.num_experts;
-        for (int32_t at = begin; mine && at < end; ++at)
-            sum += count_bits(*matrix.step(expert, at));
+    constexpr int kAhead = 5; // steps of a thread that are under way together
+    const int32_t steps = matrix.steps, num_experts = matrix.num_experts;
+    int32_t expert = threadIdx.x, sum = 0;
+    if (steps <= kAhead) {
+        if (expert >= num_experts) return 0;
+        int32_t count[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i)
+            count[i] = i < steps ? count_bits(*matrix.step(expert, i)) : 0;
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            if (i < steps) matrix.before[expert * steps + i] = static_cast<unsigned short>(sum);
+            sum += count[i];
+        }
+        return sum;
+    }
+    // Neighbouring threads share a row where there are more of them than rows. Shifts: a division takes longer.
+    int32_t log2_parts = 0, lane = threadIdx.x % 32;
+    while (num_experts << (log2_parts + 1) <= static_cast<int32_t>(blockDim.x) && log2_parts < 4 &&
+           kAhead << log2_parts < steps)
+        ++log2_parts;
+    int32_t parts = 1 << log2_parts, part = lane & (parts - 1);
+    int32_t share = (steps + parts - 1) >> log2_parts;
+    int32_t begin = part * share, end = min(begin + share, steps);
+    int32_t first = (threadIdx.x - lane) >> log2_parts, of = first + (lane >> log2_parts);
+    if (first < num_experts) {
+        bool mine = of < num_experts;
+        for (int32_t at = begin; mine && at < end; at += kAhead) {
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i)
+                if (at + i < end) sum += count_bits(*matrix.step(of, at + i));
+        }
         int32_t through = sum;
         for (int32_t offset = 1; offset < parts; offset *= 2) {
             int32_t below = __shfl_up_sync(0xffffffffu, through, offset, parts);
             if (part >= offset) through += below;
         }
-        if (!mine) continue;
         int32_t before = through - sum;
-        for (int32_t at = begin; at < end; ++at) {
-            matrix.before[expert * matrix.steps + at] = static_cast<unsigned short>(before);
-            before += count_bits(*matrix.step(expert, at));
+        for (int32_t at = begin; mine && at < end; at += kAhead) {
+            int32_t count[kAhead];
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i)
+                count[i] = at + i < end ? count_bits(*matrix.step(of, at + i)) : 0;
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                if (at + i < end)
+                    matrix.before[of * steps + at + i] = static_cast<unsigned short>(before);
+                before += count[i];
+            }
         }
-        if (part == parts - 1) rows[expert] = through;
+        if (mine && part == parts - 1) rows[of] = through;
     }
+    __syncthreads();
+    return expert < num_experts ? rows[expert] : 0;
 }
 
 // The expert that an id goes to, or -1.
@@ -158,19 +187,20 @@ static __device__ __forceinline__ expert_scan scan_experts(int32_t num_experts, 
 
 static __device__ __forceinline__ int32_t tiles_of(const moe_align_args &args, int32_t rows)
 {
-    return args.tiles ? static_cast<int32_t>((static_cast<uint32_t>(rows) + args.tile_rows - 1) /
-                                             static_cast<uint32_t>(args.tile_rows))
-                      : 0;
+    if (!args.tiles) return 0;
+    if (rows <= args.tile_rows) return rows > 0; // at decode all of them: no division
+    return static_cast<int32_t>((static_cast<uint32_t>(rows) + args.tile_rows - 1) /
+                                static_cast<uint32_t>(args.tile_rows));
 }
 
 // The tiles of the thread's expert: it writes up to kOwnTiles, its warp what is more.
 static __device__ __forceinline__ void write_tiles(const moe_align_args &args, int32_t expert,
-                                                   int32_t rows, int32_t first_row,
+                                                   int32_t rows, int32_t tiles, int32_t first_row,
                                                    const expert_scan &scan)
 {
     constexpr int kOwnTiles = 8;
     if (!args.tiles) return;
-    int32_t lane = threadIdx.x % 32, tiles = tiles_of(args, rows);
+    int32_t lane = threadIdx.x % 32;
     auto write = [&](int32_t at, int32_t to, int32_t begin, int32_t left) {
         if (at < args.max_tiles) args.tiles[at] = {to, begin, min(left, args.tile_rows), 0};
     };
@@ -191,19 +221,20 @@ static __device__ __forceinline__ void write_tiles(const moe_align_args &args, i
     }
 }
 
-// rows[e] -> start[e], expert_offsets, tiles. A thread for each expert; a barrier behind it is the caller's.
-static __device__ __forceinline__ void place_experts(const moe_align_args &args,
-                                                     const bit_matrix &matrix, const int32_t *rows)
+// Rows of the thread's expert -> start[e], expert_offsets, tiles; returns the rows of all. A barrier behind it is the
+// caller's.
+static __device__ __forceinline__ int32_t place_experts(const moe_align_args &args,
+                                                        const bit_matrix &matrix, int32_t rows)
 {
-    int32_t expert = threadIdx.x;
-    int32_t mine = expert < args.num_experts ? rows[expert] : 0;
-    expert_scan scan = scan_experts(args.num_experts, mine, tiles_of(args, mine));
+    int32_t expert = threadIdx.x, tiles = tiles_of(args, rows);
+    expert_scan scan = scan_experts(args.num_experts, rows, tiles);
     if (expert < args.num_experts) {
         matrix.start[expert] = scan.first_row;
         args.expert_offsets[expert] = scan.first_row;
     }
     if (expert == 0) args.expert_offsets[args.num_experts] = scan.num_rows;
-    write_tiles(args, expert, mine, scan.first_row, scan);
+    write_tiles(args, expert, rows, tiles, scan.first_row, scan);
+    return scan.num_rows;
 }
 
 static __device__ __forceinline__ void place_slot(const moe_align_args &args,
@@ -213,6 +244,38 @@ static __device__ __forceinline__ void place_slot(const moe_align_args &args,
     int32_t row = expert >= 0 ? matrix.row(expert, slot) : -1;
     args.row_of_slot[begin + slot] = row;
     if (row >= 0) args.sorted_token_ids[row] = static_cast<int32_t>(begin + slot);
+}
+
+// The slots of a block that has all of them, expert_of(slot), place by place: in shared memory first, since one SM
+// writes scattered words one by one. The matrix is no longer needed then: its memory is taken (at least 4 * num_slots bytes).
+template <int kAhead, class ExpertOf>
+static __device__ __forceinline__ void place_all(const moe_align_args &args,
+                                                 const bit_matrix &matrix, int32_t num_slots,
+                                                 int32_t num_rows, ExpertOf expert_of)
+{
+    int32_t threads = blockDim.x, row[kAhead];
+    if (num_slots <= min(threads, 512)) { // too few for that
+        int32_t slot = threadIdx.x;
+        if (slot < num_slots) place_slot(args, matrix, 0, slot, expert_of(0, slot));
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+        int32_t slot = threadIdx.x + i * threads;
+        row[i] = -1;
+        if (slot >= num_slots) continue;
+        int32_t expert = expert_of(i, slot);
+        if (expert >= 0) row[i] = matrix.row(expert, slot);
+        args.row_of_slot[slot] = row[i];
+    }
+    __syncthreads();
+    int32_t *sorted = reinterpret_cast<int32_t *>(matrix.bits);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+        if (row[i] >= 0) sorted[row[i]] = threadIdx.x + i * threads;
+    __syncthreads();
+    for (int32_t at = threadIdx.x; at < num_rows; at += threads)
+        args.sorted_token_ids[at] = sorted[at];
 }
 
 #endif

@@ -330,7 +330,7 @@ typedef struct moe_combine_args {
 #define MOE_ROUTE_ALIGN_THREADS 512
 #define MOE_ROUTE_ALIGN_SLOTS   2048 /* at most, of route_align */
 #define MOE_ALIGN_THREADS       1024
-#define MOE_ALIGN_ONE_SLOTS     4096 /* up to here, and where it fits shared memory, moe_align_one */
+#define MOE_ALIGN_ONE_SLOTS     1024 /* up to here, and where it fits shared memory, moe_align_one */
 /* slots that a block of moe_align_place sorts at a time: at most 96 KB of shared memory */
 #define MOE_ALIGN_PIECE_SLOTS(num_experts) ((num_experts) <= 512 ? 1024 : 512)
 #define MOE_ALIGN_STATIC_BYTES             9216 /* of shared memory beside MOE_ALIGN_SMEM_BYTES, at most */

@@ -394,10 +394,10 @@ static __device__ __forceinline__ void choose(const moe_route_args &args,
     for (int i = 0; i < kHeld; ++i)
         head = max(head, key[i]);
     // For few slots the largest of two or four lanes: half the work here, few candidates more.
-    const uint32_t width = args.topk <= 6 ? 4 : args.topk <= 10 ? 2 : 1;
-    if (width > 1) head = max(head, __shfl_xor_sync(kWarp, head, 1));
-    if (width > 2) head = max(head, __shfl_xor_sync(kWarp, head, 2));
-    if (lane % width == 0) scratch.largest[lane / width] = head;
+    const uint32_t log2_width = args.topk <= 6 ? 2 : args.topk <= 10 ? 1 : 0;
+    if (log2_width > 0) head = max(head, __shfl_xor_sync(kWarp, head, 1));
+    if (log2_width > 1) head = max(head, __shfl_xor_sync(kWarp, head, 2));
+    scratch.largest[lane >> log2_width] = head; // the same from all that share it
     scratch.candidate.wide[lane] = 0;
     if (!kPacked) scratch.candidate.wide[lane + 32] = 0;
     scratch.chosen[lane] = -1;
@@ -412,8 +412,8 @@ static __device__ __forceinline__ void choose(const moe_route_args &args,
         }
     };
     count_before(0, 2);
-    if (width <= 2) count_before(2, 4);
-    if (width == 1) count_before(4, 8);
+    if (log2_width < 2) count_before(2, 4);
+    if (log2_width == 0) count_before(4, 8);
     // not below 1: 0 is what has been dropped
     uint32_t least = max(__reduce_min_sync(kWarp, before < args.topk ? head : kWarp), 1u);
 

@@ -22,31 +22,36 @@ static __device__ __forceinline__ void route_align(const moe_route_args &route,
     const bit_matrix matrix(memory, align.num_experts, num_slots);
     if (blockIdx.x == 0) matrix.clear();
     cluster_arrive();
+    cluster_wait(); // the first block's matrix is cleared
     grid_dependency_wait();
     grid_launch_dependents();
-    cluster_wait(); // the first block's matrix is cleared
+    // A block that is alone goes the shorter way to its own memory.
+    const bool alone = gridDim.x == 1;
     bit_matrix noted = matrix;
     noted.bits = cluster_map(matrix.bits, 0);
     int32_t *expert_noted = cluster_map(expert_of, 0);
     for (int64_t token = warp * gridDim.x + blockIdx.x; token < route.num_tokens;
          token += kWarps * gridDim.x) {
         int32_t first_slot = static_cast<int32_t>(token) * align.topk;
-        route_row<kHeld, kPacked, true>(route, token, scratch[warp], [&](int32_t slot, int64_t id) {
-            int32_t expert = local_expert(align, id);
-            expert_noted[first_slot + slot] = expert;
-            if (expert >= 0) noted.set(expert, first_slot + slot);
+        route_row<kHeld, kPacked, true>(route, token, scratch[warp], [&](int32_t lane, int64_t id) {
+            int32_t expert = local_expert(align, id), slot = first_slot + lane;
+            if (alone) {
+                expert_of[slot] = expert;
+                if (expert >= 0) matrix.set(expert, slot);
+            } else {
+                expert_noted[slot] = expert;
+                if (expert >= 0) noted.set(expert, slot);
+            }
         });
     }
     __syncwarp();
     cluster_arrive();
     cluster_wait();
     if (blockIdx.x > 0) return;
-    count_rows(matrix, rows);
+    int32_t num_rows = place_experts(align, matrix, count_rows(matrix, rows));
     __syncthreads();
-    place_experts(align, matrix, rows);
-    __syncthreads();
-    for (int32_t slot = threadIdx.x; slot < num_slots; slot += MOE_ROUTE_ALIGN_THREADS)
-        place_slot(align, matrix, 0, slot, expert_of[slot]);
+    place_all<MOE_ROUTE_ALIGN_SLOTS / MOE_ROUTE_ALIGN_THREADS>(
+        align, matrix, num_slots, num_rows, [&](int, int32_t slot) { return expert_of[slot]; });
 }
 
 #define MOE_ROUTE_ALIGN_VARIANT(name, held, packed, score, key, groups)                            \

@@ -214,9 +214,9 @@ int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device,
                    moe_error *err)
 {
     (void)plan;
-    const char *text = getenv("ROUTE_WARPS");
-    const int warps = text ? atoi(text) : 4;
-    const geometry g = {ceil_div(args->num_tokens, warps), 32 * warps, 0, true, false};
+    /* measured: one warp a block and two are slower from 4096 tokens, eight below 256 */
+    enum { WARPS = 4 };
+    const geometry g = {ceil_div(args->num_tokens, WARPS), 32 * WARPS, 0, true, false};
     const int32_t variant = moe_route_variant(args);
     if (variant < 0) {
         moe_route_args a = *args;
@@ -227,24 +227,30 @@ int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device,
     return launch(KERNEL_ROUTE_GENERAL + 4 + variant, &g, &a, device, stream, err);
 }
 
+/* Threads for num_slots slots: at least one for each expert, and no more than they need, which barriers wait for. */
+static int align_threads(int64_t num_slots, int32_t num_experts)
+{
+    const int64_t least = num_slots > num_experts ? num_slots : num_experts;
+    return least >= MOE_ALIGN_THREADS ? MOE_ALIGN_THREADS : (int)(ceil_div(least, 128) * 128);
+}
+
+/* Of a block that has all slots: it sorts them where the matrix was. */
+static int align_smem(int64_t num_slots, int32_t num_experts)
+{
+    const int64_t matrix = MOE_ALIGN_SMEM_BYTES(num_experts, num_slots), sorted = 4 * num_slots;
+    return (int)(matrix > sorted ? matrix : sorted);
+}
+
 int moe_cuda_route_align(const moe_plan *plan, const moe_route_args *route,
                          const moe_align_args *align, int32_t blocks, int device, void *stream,
                          moe_error *err)
 {
     (void)plan;
     moe_route_align_args a = {plain_args(route), *align};
-    const geometry g = {
-        blocks, MOE_ROUTE_ALIGN_THREADS,
-        (int)MOE_ALIGN_SMEM_BYTES(align->num_experts, align->num_tokens * align->topk), true, true};
+    const geometry g = {blocks, MOE_ROUTE_ALIGN_THREADS,
+                        align_smem(align->num_tokens * align->topk, align->num_experts), true,
+                        true};
     return launch(KERNEL_LAST_ROUTE + 1 + moe_route_variant(route), &g, &a, device, stream, err);
-}
-
-/* Threads for num_slots slots: at least one for each expert, which a barrier may have to wait for. */
-static int align_threads(int64_t num_slots, int32_t num_experts)
-{
-    return num_slots <= MOE_ALIGN_THREADS / 2 && num_experts <= MOE_ALIGN_THREADS / 2
-               ? MOE_ALIGN_THREADS / 2
-               : MOE_ALIGN_THREADS;
 }
 
 int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device, void *stream,
@@ -254,7 +260,7 @@ int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device,
     const int64_t num_slots = a.num_tokens * a.topk;
     if (plan->align_blocks == 1) {
         const geometry one = {1, align_threads(num_slots, a.num_experts),
-                              (int)MOE_ALIGN_SMEM_BYTES(a.num_experts, num_slots), true, false};
+                              align_smem(num_slots, a.num_experts), true, false};
         return launch(KERNEL_ALIGN_ONE, &one, &a, device, stream, err);
     }
     const int threads = align_threads(ceil_div(num_slots, plan->align_blocks), a.num_experts);
