@@ -75,6 +75,20 @@ __device__ __forceinline__ float reciprocal_approximate(float x)
     return r;
 }
 
+// setp.gt and a predicated add, "setp", "add": count + 1 where a > b. What the compiler makes of `count += a > b` is one
+// instruction more, each waiting for the one before. Each thread for itself.
+__device__ __forceinline__ void count_if_greater(uint32_t &count, uint32_t a, uint32_t b)
+{
+    asm("{ .reg .pred p; setp.gt.u32 p, %1, %2; @p add.u32 %0, %0, 1; }"
+        : "+r"(count) : "r"(a), "r"(b));
+}
+
+__device__ __forceinline__ void count_if_greater(uint32_t &count, uint64_t a, uint64_t b)
+{
+    asm("{ .reg .pred p; setp.gt.u64 p, %1, %2; @p add.u32 %0, %0, 1; }"
+        : "+r"(count) : "l"(a), "l"(b));
+}
+
 // barrier.cluster.arrive.release, "barrier.cluster": this thread's writes to any shared memory of the cluster are made.
 // Every thread of the cluster. Below sm_90 a cluster is a block.
 __device__ __forceinline__ void cluster_arrive()

@@ -402,25 +402,31 @@ static __device__ __forceinline__ void choose(const moe_route_args &args,
     if (!kPacked) scratch.candidate.wide[lane + 32] = 0;
     scratch.chosen[lane] = -1;
     __syncwarp();
-    int32_t before = 0;
+    uint32_t before[4] = {0, 0, 0, 0}; // four counts side by side
     const uint4 *heads = reinterpret_cast<const uint4 *>(scratch.largest);
     auto count_before = [&](int begin, int end) {
 #pragma unroll
         for (int j = begin; j < end; ++j) {
             uint4 h = heads[j];
-            before += (h.x > head) + (h.y > head) + (h.z > head) + (h.w > head);
+            count_if_greater(before[0], h.x, head);
+            count_if_greater(before[1], h.y, head);
+            count_if_greater(before[2], h.z, head);
+            count_if_greater(before[3], h.w, head);
         }
     };
     count_before(0, 2);
     if (log2_width < 2) count_before(2, 4);
     if (log2_width == 0) count_before(4, 8);
     // not below 1: 0 is what has been dropped
-    uint32_t least = max(__reduce_min_sync(kWarp, before < args.topk ? head : kWarp), 1u);
+    const uint32_t all_before = before[0] + before[1] + before[2] + before[3],
+                   topk = static_cast<uint32_t>(args.topk);
+    uint32_t least = max(__reduce_min_sync(kWarp, all_before < topk ? head : kWarp), 1u);
 
-    int32_t count = 0, at = 0, total = 0;
+    uint32_t counts[2] = {0, 0}, at = 0, total = 0;
 #pragma unroll
     for (int i = 0; i < kHeld; ++i)
-        count += key[i] >= least;
+        count_if_greater(counts[i % 2], key[i], least - 1);
+    const uint32_t count = counts[0] + counts[1];
 #pragma unroll
     for (int bit = 0; 1 << bit <= kHeld; ++bit) {
         uint32_t has = __ballot_sync(kWarp, count >> bit & 1);
@@ -445,33 +451,40 @@ static __device__ __forceinline__ void choose(const moe_route_args &args,
     }
     __syncwarp();
     constexpr int kAhead = 16;
-    for (int32_t first = 0; first < total; first += 32) {
-        int32_t rank = 0;
-        uint32_t high, low;
+#pragma unroll 1
+    for (uint32_t first = 0; first < total; first += 32) {
+        uint32_t ranks[4] = {0, 0, 0, 0}, high, low;
         if (kPacked) {
             uint32_t mine = scratch.candidate.narrow[first + lane];
-            for (int32_t b = 0; b < total; b += kAhead) {
+#pragma unroll 1
+            for (uint32_t b = 0; b < total; b += kAhead) {
 #pragma unroll
                 for (int j = 0; j < kAhead; j += 4) {
                     uint4 c = *reinterpret_cast<const uint4 *>(&scratch.candidate.narrow[b + j]);
-                    rank += (c.x > mine) + (c.y > mine) + (c.z > mine) + (c.w > mine);
+                    count_if_greater(ranks[0], c.x, mine);
+                    count_if_greater(ranks[1], c.y, mine);
+                    count_if_greater(ranks[2], c.z, mine);
+                    count_if_greater(ranks[3], c.w, mine);
                 }
             }
             high = low = mine;
         } else {
             uint64_t mine = scratch.candidate.wide[first + lane];
-            for (int32_t b = 0; b < total; b += kAhead) {
+#pragma unroll 1
+            for (uint32_t b = 0; b < total; b += kAhead) {
 #pragma unroll
                 for (int j = 0; j < kAhead; j += 2) {
                     ulonglong2 c =
                         *reinterpret_cast<const ulonglong2 *>(&scratch.candidate.wide[b + j]);
-                    rank += (c.x > mine) + (c.y > mine);
+                    count_if_greater(ranks[j % 4], uint64_t{c.x}, mine);
+                    count_if_greater(ranks[j % 4 + 1], uint64_t{c.y}, mine);
                 }
             }
             high = static_cast<uint32_t>(mine >> 32);
             low = static_cast<uint32_t>(mine);
         }
-        if (high == 0 || rank >= args.topk) continue;
+        const uint32_t rank = ranks[0] + ranks[1] + ranks[2] + ranks[3];
+        if (high == 0 || rank >= topk) continue;
         scratch.chosen[rank] = static_cast<int32_t>(0xffffu - (low & 0xffffu));
         scratch.value[rank] = kPacked     ? unpack_logit(high, args.logits_dtype)
                               : high == 1 ? __uint_as_float(0x7fc00000u)
