@@ -313,7 +313,9 @@ static int32_t align_blocks(const moe_plan *plan, int64_t num_slots)
              plan->smem_per_block))
         return 1;
     const int64_t blocks = ceil_div(num_slots, MOE_ALIGN_THREADS / 2);
-    return (int32_t)(blocks < 2 ? 2 : min64(blocks, MOE_ALIGN_MAX_BLOCKS));
+    /* every block reads the counts of all: with many experts that grows faster than the blocks shrink */
+    const int64_t most = num_experts <= 256 ? 2 * MOE_ALIGN_MAX_BLOCKS : MOE_ALIGN_MAX_BLOCKS;
+    return (int32_t)(blocks < 2 ? 2 : min64(blocks, most));
 }
 
 static int64_t most_tiles(const moe_problem *p, int64_t num_slots, int32_t tile_rows)

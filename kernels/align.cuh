@@ -90,11 +90,14 @@ static __device__ __forceinline__ int32_t count_rows(const bit_matrix &matrix, i
     int32_t begin = part * share, end = min(begin + share, steps);
     int32_t first = (threadIdx.x - lane) >> log2_parts, of = first + (lane >> log2_parts);
     if (first < num_experts) {
-        bool mine = of < num_experts;
+        bool mine = of < num_experts, once = share <= kAhead;
+        int32_t count[kAhead];
         for (int32_t at = begin; mine && at < end; at += kAhead) {
 #pragma unroll
-            for (int i = 0; i < kAhead; ++i)
-                if (at + i < end) sum += count_bits(*matrix.step(of, at + i));
+            for (int i = 0; i < kAhead; ++i) {
+                count[i] = at + i < end ? count_bits(*matrix.step(of, at + i)) : 0;
+                sum += count[i];
+            }
         }
         int32_t through = sum;
         for (int32_t offset = 1; offset < parts; offset *= 2) {
@@ -103,10 +106,12 @@ static __device__ __forceinline__ int32_t count_rows(const bit_matrix &matrix, i
         }
         int32_t before = through - sum;
         for (int32_t at = begin; mine && at < end; at += kAhead) {
-            int32_t count[kAhead];
+            // Counting is the slowest of it, 16 words a cycle: not again where the counts are still here.
+            if (!once) {
 #pragma unroll
-            for (int i = 0; i < kAhead; ++i)
-                count[i] = at + i < end ? count_bits(*matrix.step(of, at + i)) : 0;
+                for (int i = 0; i < kAhead; ++i)
+                    count[i] = at + i < end ? count_bits(*matrix.step(of, at + i)) : 0;
+            }
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
                 if (at + i < end)
