@@ -18,7 +18,7 @@
 
 static constexpr int kThreads = MOE_ALIGN_THREADS;
 static_assert(kThreads >= kMaxExperts, "a thread for each expert");
-static constexpr int kSlotsOne = MOE_ALIGN_ONE_SLOTS / kThreads; // of a thread
+static_assert(kThreads >= MOE_ALIGN_ONE_SLOTS, "a thread for each slot of moe_align_one");
 
 // The slots of this block: a contiguous part, equal but for the last.
 static __device__ __forceinline__ void block_slots(const moe_align_args &args, int64_t &begin,
@@ -40,24 +40,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     matrix.clear();
     grid_dependency_wait();
     grid_launch_dependents();
-    int32_t expert[kSlotsOne], threads = blockDim.x;
-#pragma unroll
-    for (int i = 0; i < kSlotsOne; ++i) {
-        if (i * threads >= num_slots) break;
-        int32_t slot = threadIdx.x + i * threads;
-        expert[i] = slot < num_slots ? load_expert(args, slot) : -1;
-    }
+    int32_t slot = threadIdx.x; // there is a thread for each
+    int32_t expert = slot < num_slots ? load_expert(args, slot) : -1;
     __syncthreads(); // cleared
-#pragma unroll
-    for (int i = 0; i < kSlotsOne; ++i) {
-        if (i * threads >= num_slots) break;
-        if (expert[i] >= 0) matrix.set(expert[i], threadIdx.x + i * threads);
-    }
+    if (expert >= 0) matrix.set(expert, slot);
     __syncthreads();
-    int32_t num_rows = place_experts(args, matrix, count_rows(matrix, rows));
+    place_experts(args, matrix, count_rows(matrix, rows));
     __syncthreads();
-    place_all<kSlotsOne>(args, matrix, num_slots, num_rows,
-                         [&](int i, int32_t) { return expert[i]; });
+    if (slot < num_slots) place_slot(args, matrix, 0, slot, expert);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)

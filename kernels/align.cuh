@@ -226,10 +226,9 @@ static __device__ __forceinline__ void write_tiles(const moe_align_args &args, i
     }
 }
 
-// Rows of the thread's expert -> start[e], expert_offsets, tiles; returns the rows of all. A barrier behind it is the
-// caller's.
-static __device__ __forceinline__ int32_t place_experts(const moe_align_args &args,
-                                                        const bit_matrix &matrix, int32_t rows)
+// Rows of the thread's expert -> start[e], expert_offsets, tiles. A barrier behind it is the caller's.
+static __device__ __forceinline__ void place_experts(const moe_align_args &args,
+                                                     const bit_matrix &matrix, int32_t rows)
 {
     int32_t expert = threadIdx.x, tiles = tiles_of(args, rows);
     expert_scan scan = scan_experts(args.num_experts, rows, tiles);
@@ -239,7 +238,6 @@ static __device__ __forceinline__ int32_t place_experts(const moe_align_args &ar
     }
     if (expert == 0) args.expert_offsets[args.num_experts] = scan.num_rows;
     write_tiles(args, expert, rows, tiles, scan.first_row, scan);
-    return scan.num_rows;
 }
 
 static __device__ __forceinline__ void place_slot(const moe_align_args &args,
@@ -249,38 +247,6 @@ static __device__ __forceinline__ void place_slot(const moe_align_args &args,
     int32_t row = expert >= 0 ? matrix.row(expert, slot) : -1;
     args.row_of_slot[begin + slot] = row;
     if (row >= 0) args.sorted_token_ids[row] = static_cast<int32_t>(begin + slot);
-}
-
-// The slots of a block that has all of them, expert_of(slot), place by place: in shared memory first, since one SM
-// writes scattered words one by one. The matrix is no longer needed then: its memory is taken (at least 4 * num_slots bytes).
-template <int kAhead, class ExpertOf>
-static __device__ __forceinline__ void place_all(const moe_align_args &args,
-                                                 const bit_matrix &matrix, int32_t num_slots,
-                                                 int32_t num_rows, ExpertOf expert_of)
-{
-    int32_t threads = blockDim.x, row[kAhead];
-    if (num_slots <= min(threads, 512)) { // too few for that
-        int32_t slot = threadIdx.x;
-        if (slot < num_slots) place_slot(args, matrix, 0, slot, expert_of(0, slot));
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-        int32_t slot = threadIdx.x + i * threads;
-        row[i] = -1;
-        if (slot >= num_slots) continue;
-        int32_t expert = expert_of(i, slot);
-        if (expert >= 0) row[i] = matrix.row(expert, slot);
-        args.row_of_slot[slot] = row[i];
-    }
-    __syncthreads();
-    int32_t *sorted = reinterpret_cast<int32_t *>(matrix.bits);
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i)
-        if (row[i] >= 0) sorted[row[i]] = threadIdx.x + i * threads;
-    __syncthreads();
-    for (int32_t at = threadIdx.x; at < num_rows; at += threads)
-        args.sorted_token_ids[at] = sorted[at];
 }
 
 #endif

@@ -48,10 +48,10 @@ static __device__ __forceinline__ void route_align(const moe_route_args &route,
     cluster_arrive();
     cluster_wait();
     if (blockIdx.x > 0) return;
-    int32_t num_rows = place_experts(align, matrix, count_rows(matrix, rows));
+    place_experts(align, matrix, count_rows(matrix, rows));
     __syncthreads();
-    place_all<MOE_ROUTE_ALIGN_SLOTS / MOE_ROUTE_ALIGN_THREADS>(
-        align, matrix, num_slots, num_rows, [&](int, int32_t slot) { return expert_of[slot]; });
+    for (int32_t slot = threadIdx.x; slot < num_slots; slot += MOE_ROUTE_ALIGN_THREADS)
+        place_slot(align, matrix, 0, slot, expert_of[slot]);
 }
 
 #define MOE_ROUTE_ALIGN_VARIANT(name, held, packed, score, key, groups)                            \

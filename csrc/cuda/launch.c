@@ -234,22 +234,15 @@ static int align_threads(int64_t num_slots, int32_t num_experts)
     return least >= MOE_ALIGN_THREADS ? MOE_ALIGN_THREADS : (int)(ceil_div(least, 128) * 128);
 }
 
-/* Of a block that has all slots: it sorts them where the matrix was. */
-static int align_smem(int64_t num_slots, int32_t num_experts)
-{
-    const int64_t matrix = MOE_ALIGN_SMEM_BYTES(num_experts, num_slots), sorted = 4 * num_slots;
-    return (int)(matrix > sorted ? matrix : sorted);
-}
-
 int moe_cuda_route_align(const moe_plan *plan, const moe_route_args *route,
                          const moe_align_args *align, int32_t blocks, int device, void *stream,
                          moe_error *err)
 {
     (void)plan;
     moe_route_align_args a = {plain_args(route), *align};
-    const geometry g = {blocks, MOE_ROUTE_ALIGN_THREADS,
-                        align_smem(align->num_tokens * align->topk, align->num_experts), true,
-                        true};
+    const geometry g = {
+        blocks, MOE_ROUTE_ALIGN_THREADS,
+        (int)MOE_ALIGN_SMEM_BYTES(align->num_experts, align->num_tokens * align->topk), true, true};
     return launch(KERNEL_LAST_ROUTE + 1 + moe_route_variant(route), &g, &a, device, stream, err);
 }
 
@@ -260,7 +253,7 @@ int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device,
     const int64_t num_slots = a.num_tokens * a.topk;
     if (plan->align_blocks == 1) {
         const geometry one = {1, align_threads(num_slots, a.num_experts),
-                              align_smem(num_slots, a.num_experts), true, false};
+                              (int)MOE_ALIGN_SMEM_BYTES(a.num_experts, num_slots), true, false};
         return launch(KERNEL_ALIGN_ONE, &one, &a, device, stream, err);
     }
     const int threads = align_threads(ceil_div(num_slots, plan->align_blocks), a.num_experts);
