@@ -1,4 +1,4 @@
-"""The grids on which other engines test their routing ops, on the functions that do their work here.
+"""The grids on which other engines test their routing ops, on the functions that do the same here.
 
 Which function and method does the work of which op: docs/routing.md. Shapes are those of the public
 tests; what is asked is what our own tests ask: the ids of the oracle but for near-ties, weights to

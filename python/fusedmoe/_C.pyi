@@ -102,8 +102,28 @@ def route(
     ids_dtype: Literal["int32", "int64"] | None = "int32",
     out_weights: _Tensor | None = None,
     out_ids: _Tensor | None = None,
+    out_packed: _Tensor | None = None,
+    out_counts: _Tensor | None = None,
     stream: _Stream | None = None,
 ) -> tuple[_Tensor, _Tensor]: ...
+def route_align(
+    router_logits: _Tensor,
+    topk: int,
+    method: _Method | None = "softmax_topk",
+    routing_scale: float | None = None,
+    knobs: tuple | None = None,
+    num_experts: int | None = None,
+    expert_map: _Tensor | None = None,
+    expert_start: int | None = None,
+    ids_dtype: Literal["int32", "int64"] | None = "int32",
+    out_weights: _Tensor | None = None,
+    out_ids: _Tensor | None = None,
+    out_expert_offsets: _Tensor | None = None,
+    out_sorted_token_ids: _Tensor | None = None,
+    out_row_of_slot: _Tensor | None = None,
+    workspace: _Tensor | None = None,
+    stream: _Stream | None = None,
+) -> tuple[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor]: ...
 def align(
     topk_ids: _Tensor,
     num_experts: int,

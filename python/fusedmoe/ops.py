@@ -342,7 +342,9 @@ def route_align(
         router_logits, routing, out_weights, out_ids: as `route`; topk_weights that are allocated
             are float32.
         num_experts: experts held here, 1 to 1024. None: those of router_logits and the shared ones.
-        All others: as `align`.
+        expert_map, expert_start: as `fused_experts`.
+        out_expert_offsets, out_sorted_token_ids, out_row_of_slot: as `align`.
+        workspace, stream: as `fused_experts`.
 
     Returns:
         (topk_weights, topk_ids, expert_offsets, sorted_token_ids, row_of_slot).
