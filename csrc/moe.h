@@ -196,7 +196,7 @@ typedef struct moe_plan {
     int32_t max_tiles; /* of one chunk */
     int32_t combine_vector_bytes;
     int64_t intermediate_stride, rows_stride; /* elements */
-    int32_t num_launches;
+    int32_t num_launches; /* at most: route and align of few tokens go together */
     int32_t deterministic, batch_invariant;
     moe_gemm_plan gate_up, down;
     moe_workspace workspace;
