@@ -2,8 +2,9 @@
  *
  * Math   sums[r, n] = token_row(r) . weight_row(n), f32, tile after tile: kRows token rows of one expert and
  *        kCols of its weight rows; K in steps of kTileK, always in the same order
- * How    one thread block per SM, which takes tiles from the list as long as there are any. A producer warpgroup fills
- *        a ring of kStages stages and runs ahead into the next tile: weights by the copy engine in two boxes of kCols / 2 rows,
+ * How    one thread block per SM, which takes tiles from the list as long as there are any. A producer warpgroup
+ *        fills a ring of kStages stages and runs ahead into the next tile: weights by the copy engine in two boxes of
+ *        kCols / 2 rows,
  *        token rows by it too, or by 16-byte cp.async where they are gathered. Two math warpgroups multiply 64
  *        rows each with wgmma m64n<kCols>k16, token rows on M, weight rows on N, both operands from the ring.
  *        Chunk c of row r lies at chunk c ^ (r % 8), wgmma's 128-byte swizzle, whoever writes it.
