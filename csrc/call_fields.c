@@ -29,9 +29,9 @@ const moe_call_tensor moe_call_tensors[MOE_CALL_TENSORS] = {
     TENSOR(expert_ids),
     TENSOR(num_tokens_post_padded),
     TENSOR(counts),
-    TENSOR(packed),
     TENSOR(out),
     TENSOR(workspace),
+    TENSOR(packed),
 };
 
 _Static_assert(sizeof(moe_call) - sizeof(moe_options) < (MOE_CALL_TENSORS + 1) * sizeof(moe_tensor),

@@ -140,7 +140,7 @@ def route(router_logits, routing=None, **options):
 
     Oracle: reference.route.
     """
-    outputs = {name: options.pop(name, None) for name in ("out_weights", "out_ids", "stream")}
+    outputs = {name: options.pop(name, None) for name in _ROUTE_OUTPUTS}
     if routing is None and options:
         routing = Routing(**options)
     elif options:
@@ -150,6 +150,7 @@ def route(router_logits, routing=None, **options):
     return _call("route", arguments, outputs)
 
 
+_ROUTE_OUTPUTS = ("out_weights", "out_ids", "out_packed", "out_counts", "stream")
 _SIGNATURES = {
     function.__name__: inspect.signature(getattr(ops, function.__name__))
     for function in (fused_experts, fused_moe, route)
@@ -205,7 +206,7 @@ def _local_ids(ids, start, num_experts):
 # From arguments to the custom call
 # -------------------------------------------------------------------------------------------------
 
-_FIRST_TENSOR = 8  # of Routing.knobs
+_FIRST_TENSOR = 9  # of Routing.knobs
 _ROUTING_TENSORS = (
     "correction_bias",
     "expert_scale",
@@ -230,6 +231,8 @@ _TENSORS = {
     "workspace",
     "out_weights",
     "out_ids",
+    "out_packed",
+    "out_counts",
 }
 
 

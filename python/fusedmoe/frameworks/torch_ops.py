@@ -59,6 +59,7 @@ _ROUTING = """int topk, str method="softmax_topk", float routed_scaling_factor=1
     bool? renormalize=None, int? num_groups=None, int? topk_groups=None,
     int num_fused_shared_experts=0, float? shared_weight=None, str? shared_weight_from=None,
     int num_zero_experts=0, float? softcap=None, str weights_dtype="float32",
+    int? first_shared_id=None,
     Tensor? correction_bias=None, Tensor? expert_scale=None, Tensor? num_token_non_padded=None,
     Tensor? expert_map=None, Tensor? replica_map=None, Tensor? tid2eid=None,
     Tensor? token_ids=None"""
@@ -133,11 +134,12 @@ def _router(
     num_zero=0,
     softcap=None,
     weights_dtype="float32",
+    first_shared_id=None,
     *tensors,
     ids_dtype="int32",
 ):
     """(topk, method, scale, knobs) as the extension takes them, checked as Routing checks them."""
-    tensors += (None,) * (_NUM_ROUTING - 12 - len(tensors))
+    tensors += (None,) * (_NUM_ROUTING - 13 - len(tensors))
     method, knobs = _checked(
         topk,
         method,
@@ -150,6 +152,7 @@ def _router(
         num_zero,
         softcap,
         weights_dtype,
+        first_shared_id,
         ids_dtype,
         *(tensor is not None for tensor in tensors),
     )
@@ -171,6 +174,7 @@ def _checked(
     num_zero,
     softcap,
     weights_dtype,
+    first_shared_id,
     ids_dtype,
     *given,
 ):
@@ -196,6 +200,7 @@ def _checked(
         num_zero_experts=num_zero,
         softcap=softcap,
         weights_dtype=weights_dtype,
+        first_shared_id=first_shared_id,
         ids_dtype=ids_dtype,
         **{name: "given" for name, is_given in zip(names, given, strict=True) if is_given},
     )
@@ -429,12 +434,17 @@ def route(
     ids_dtype,
     out_weights=None,
     out_ids=None,
+    out_packed=None,
+    out_counts=None,
     stream=None,
 ):
     if not isinstance(router_logits, torch.Tensor):
-        outs = out_weights, out_ids, stream
+        outs = out_weights, out_ids, out_packed, out_counts, stream
         return _C.route(router_logits, topk, method, scale, knobs, ids_dtype, *outs)
     _no_stream(stream)
+    for name, out in ("out_packed", out_packed), ("out_counts", out_counts):
+        if out is not None:
+            raise NotImplementedError(f"{name}: expected None in a traced call, got a tensor")
     op, fields = torch.ops.fusedmoe.route, _fields(topk, method, scale, knobs)
     if out_weights is None and out_ids is None:
         return op.default(router_logits, *fields, ids_dtype=ids_dtype)
@@ -446,7 +456,7 @@ def route(
 
 
 # Those of a Routing that has only topk, method and scale.
-_NO_KNOBS = (None, None, None, 0, None, 0, None, "float32", *(None,) * 7)
+_NO_KNOBS = (None, None, None, 0, None, 0, None, "float32", *(None,) * 8)
 
 
 def _fields(topk, method, scale, knobs):
