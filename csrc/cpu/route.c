@@ -26,23 +26,55 @@ typedef struct route_run {
     atomic_llong next;
 } route_run;
 
-/* The topk largest of logits, best first, by insertion: a later equal value stays behind. NaN fills what
- * the numbers leave. Returns whether there is a NaN. */
-static bool select_experts(const float *logits, int32_t num_experts, int32_t topk, int32_t *ids)
+/* A row of logits as f32; a loop for each dtype, which the compiler turns into vectors. Returns whether there is a NaN. */
+static bool load_logits(const moe_route_args *args, int64_t token, float *logits)
 {
-    int32_t count = 0;
-    bool nan = false;
-    for (int32_t e = 0; e < num_experts; ++e) {
-        nan |= isnan(logits[e]);
-        if (isnan(logits[e]) || (count == topk && !(logits[e] > logits[ids[topk - 1]]))) continue;
+    const int32_t num_experts = args->num_experts;
+    const char *row = (const char *)args->router_logits +
+                      token * args->logits_stride * moe_dtype_bytes(args->logits_dtype);
+    if (args->logits_dtype == MOE_F32) {
+        memcpy(logits, row, (size_t)num_experts * sizeof *logits);
+    } else {
+        uint16_t bits[MOE_MAX_EXPERTS];
+        memcpy(bits, row, (size_t)num_experts * sizeof *bits);
+        for (int32_t e = 0; args->logits_dtype == MOE_BF16 && e < num_experts; ++e)
+            logits[e] = bf16_to_f32(bits[e]);
+        for (int32_t e = 0; args->logits_dtype == MOE_F16 && e < num_experts; ++e)
+            logits[e] = f16_to_f32(bits[e]);
+    }
+    int32_t nan = 0;
+    for (int32_t e = 0; e < num_experts; ++e)
+        nan |= logits[e] != logits[e];
+    return nan;
+}
+
+/* The topk largest of logits, best first, by insertion: a later equal value stays behind. NaN, of which there is one
+ * only where `nan` says so, fills what the numbers leave. */
+static void select_experts(const float *logits, int32_t num_experts, int32_t topk, bool nan,
+                           int32_t *ids)
+{
+    float value[MOE_MAX_TOPK];
+    int32_t count = 0, e = 0;
+    for (; e < num_experts; ++e) {
+        const float x = logits[e];
+        if (count == topk) {
+            const float least = value[topk - 1];
+            while (e < num_experts && !(logits[e] > least)) /* nearly all of them, NaN too */
+                ++e;
+            if (e == num_experts) break;
+        } else if (nan && isnan(x)) {
+            continue;
+        }
         int32_t at = count < topk ? count++ : topk - 1;
-        for (; at > 0 && logits[e] > logits[ids[at - 1]]; --at)
+        for (; at > 0 && logits[e] > value[at - 1]; --at) {
+            value[at] = value[at - 1];
             ids[at] = ids[at - 1];
+        }
+        value[at] = logits[e];
         ids[at] = e;
     }
-    for (int32_t e = 0; count < topk; ++e)
+    for (e = 0; count < topk; ++e)
         if (isnan(logits[e])) ids[count++] = e;
-    return nan;
 }
 
 static void route_token(const route_run *run, int64_t token)
@@ -51,10 +83,8 @@ static void route_token(const route_run *run, int64_t token)
     const int32_t num_experts = args->num_experts, topk = args->topk;
     float logits[MOE_MAX_EXPERTS + MOE_VECTOR_FLOATS], chosen[MOE_MAX_TOPK + MOE_VECTOR_FLOATS];
     int32_t ids[MOE_MAX_TOPK];
-    for (int32_t e = 0; e < num_experts; ++e)
-        logits[e] =
-            load_element(args->router_logits, token * args->logits_stride + e, args->logits_dtype);
-    const bool nan = select_experts(logits, num_experts, topk, ids);
+    const bool nan = load_logits(args, token, logits);
+    select_experts(logits, num_experts, topk, nan, ids);
 
     const float maximum = logits[ids[0]];
     for (int32_t s = 0; s < topk; ++s)
