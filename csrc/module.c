@@ -209,7 +209,7 @@ static PyObject *py_route_align(PyObject *module, PyObject *const *args, Py_ssiz
     stream = v[15];
     c->options.has_expert_start = v[7] != Py_None;
     if (parse_routing(&f, v + 1)) goto done;
-    if (parse_int("num_experts", v[5], -1, &c->num_experts, &f.err)) goto done;
+    if (parse_int("num_experts", v[5], INT64_MIN, &c->num_experts, &f.err)) goto done;
     if (parse_int("expert_start", v[7], 0, &c->options.expert_start, &f.err)) goto done;
     if (parse_ids_dtype(state, v[8], &ids_dtype, &f.err)) goto done;
     if (call_prototype(&f, v[0], "router_logits", &c->router_logits)) goto done;
@@ -430,6 +430,9 @@ static int parse_problem(module_state *state, PyObject *const *v, moe_problem *p
                         *num_sms);
     if (p->routed && p->router_experts == 0) p->router_experts = p->num_experts;
     if (!p->routed) p->router_experts = 0;
+    if (p->routed && (p->topk < 1 || p->topk > p->router_experts))
+        return moe_fail(err, MOE_ERROR_VALUE, "topk: expected 1 .. %" PRId32 ", got %" PRId32,
+                        p->router_experts, p->topk);
     if (p->workspace_limit == 0) p->workspace_limit = state->workspace_limit;
     /* rows that are no multiple of 16 bytes are not aligned to 16 bytes, whatever the first one
      * is */

@@ -347,6 +347,8 @@ static void lay_out(const moe_plan *plan, int64_t chunk_tokens, moe_workspace *w
         gpu && (block || aligns(p) || needs(p, MOE_OP_GATE_UP) || needs(p, MOE_OP_DOWN));
     const int64_t slots = chunk_tokens * p->topk, bytes = moe_dtype_bytes(p->dtype);
     const int32_t blocks = align_blocks(plan, slots);
+    /* the same on every GPU: with many experts one with less shared memory needs two blocks earlier */
+    const int32_t reserved = blocks < 2 && p->num_experts > 512 ? 2 : blocks;
     int64_t total = 0;
     w->topk_weights = take(&total, layer && p->routed, slots * 4);
     w->topk_ids = take(&total, layer && p->routed, slots * 4);
@@ -356,8 +358,8 @@ static void lay_out(const moe_plan *plan, int64_t chunk_tokens, moe_workspace *w
     w->tiles =
         take(&total, list, most_tiles(p, slots, SMALLEST_TILE_ROWS) * (int64_t)sizeof(moe_tile));
     w->num_tiles = take(&total, list, 12); /* and two counters behind it */
-    w->counts = take(&total, gpu && (block || aligns(p)) && blocks > 1,
-                     (int64_t)blocks * p->num_experts * 4);
+    w->counts = take(&total, gpu && (block || aligns(p)) && reserved > 1,
+                     (int64_t)reserved * p->num_experts * 4);
     w->intermediate = take(&total, layer, slots * plan->intermediate_stride * bytes);
     w->rows = take(&total, layer, slots * plan->rows_stride * bytes);
     w->total = total;
@@ -475,7 +477,9 @@ static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_s
     if (d->tile_rows != 0 || !is_layer(p) || p->combine != MOE_COMBINE_SUM ||
         plan->num_chunks != 1 || p->vector_bytes < 16 || slots > MOE_DECODE_SLOTS)
         return false;
-    const int32_t cols = ceil_div(p->hidden_size, 16) <= d->num_sms ? 16 : 32;
+    /* measured: above 8 tokens it gains only where the rows of an expert are several */
+    if (tokens > 8 && gate_up->rows_per_expert < 1.5) return false;
+    const int32_t cols = tokens <= 8 && ceil_div(p->hidden_size, 16) <= d->num_sms ? 16 : 32;
     const int32_t up = decode_variant(MOE_OP_GATE_UP, tokens, 16, p, d),
                   low = decode_variant(MOE_OP_DOWN, tokens, cols, p, d);
     if (up < 0 || low < 0) return false;

@@ -416,6 +416,9 @@ static int check_routing(const moe_call *c, const char *like_name, const moe_ten
         return err->status;
     if (check_extent("num_zero_experts", "a number of experts", o->num_zero_experts, 0, e - 1, err))
         return err->status;
+    if (o->first_shared_id >= 0 && check_extent("first_shared_id", "an id", o->first_shared_id, 0,
+                                                INT32_MAX - MOE_MAX_TOPK, err))
+        return err->status;
     if (check_routing_scalars(o, m, err) || check_expert_groups(o, m, e, err)) return err->status;
     if ((m->bias == MOE_BIAS_NONE) == tensor_present(&c->correction_bias))
         return moe_fail(err, MOE_ERROR_VALUE, "correction_bias: expected %s with method '%s'",
@@ -686,10 +689,6 @@ static int validate_route(const moe_call *c, moe_problem *p, moe_error *err)
     if (check_routing(c, "router_logits", l, &experts, &topk, err)) return err->status;
     if (check_slots("router_logits", num_tokens, topk, err)) return err->status;
     if (check_scale(&c->options, err)) return err->status;
-    const int64_t shared_ids =
-        c->options.first_shared_id < 0 ? experts : c->options.first_shared_id;
-    if (check_extent("first_shared_id", "an id", shared_ids, 0, INT32_MAX - MOE_MAX_TOPK, err))
-        return err->status;
     const expectation outs[] = {
         {"out_weights",
          &c->topk_weights,
@@ -800,7 +799,7 @@ static int validate_route_align(const moe_call *c, moe_problem *p, moe_error *er
 {
     if (validate_route(c, p, err)) return err->status;
     const int64_t all =
-        c->num_experts < 0 ? p->router_experts + c->options.num_shared : c->num_experts;
+        c->num_experts == INT64_MIN ? p->router_experts + c->options.num_shared : c->num_experts;
     if (check_extent("num_experts", "a number of experts", all, 1, MOE_MAX_EXPERTS, err))
         return err->status;
     if (check_expert_start(&c->options, err)) return err->status;
@@ -1132,8 +1131,6 @@ int moe_validate_problem(const moe_problem *p, moe_error *err)
     if (p->routed) {
         if (check_extent("router_experts", "a number of experts", p->router_experts, 1,
                          MOE_MAX_EXPERTS, err))
-            return err->status;
-        if (check_extent("topk", "a number of experts", p->topk, 1, p->router_experts, err))
             return err->status;
     }
     if (check_extent("workspace_limit", "bytes", p->workspace_limit, 0, INT64_MAX, err))

@@ -410,12 +410,13 @@ typedef struct moe_combine_args {
 #define MOE_ALIGN_THREADS       1024
 #define MOE_ALIGN_ONE_SLOTS     1024 /* up to here, and where it fits shared memory, moe_align_one */
 /* slots that a block of moe_align_place sorts at a time: at most 96 KB of shared memory */
-#define MOE_ALIGN_PIECE_SLOTS(num_experts) ((num_experts) <= 512 ? 1024 : 512)
-#define MOE_ALIGN_STATIC_BYTES             9216 /* of shared memory beside MOE_ALIGN_SMEM_BYTES, at most */
-#define MOE_ALIGN_MAX_BLOCKS               64 /* of moe_align_place: each reads the counts of all */
-#define MOE_COMBINE_THREADS                128 /* 8 columns each: num_tokens * ceil(hidden_size / 1024) blocks */
-#define MOE_COMBINE_COLS                   (8 * MOE_COMBINE_THREADS)
-#define MOE_COMBINE_MANY_TOKENS            4096 /* from here on a block takes several of up to 4 slots */
+#define MOE_ALIGN_PIECE_SLOTS(num_experts)                                                         \
+    ((num_experts) <= 512 ? 1024 : (num_experts) <= 896 ? 512 : 384)
+#define MOE_ALIGN_STATIC_BYTES  9216 /* of shared memory beside MOE_ALIGN_SMEM_BYTES, at most */
+#define MOE_ALIGN_MAX_BLOCKS    64   /* of moe_align_place: each reads the counts of all */
+#define MOE_COMBINE_THREADS     128 /* 8 columns each: num_tokens * ceil(hidden_size / 1024) blocks */
+#define MOE_COMBINE_COLS        (8 * MOE_COMBINE_THREADS)
+#define MOE_COMBINE_MANY_TOKENS 4096 /* from here on a block takes several of up to 4 slots */
 
 #ifdef __cplusplus
 #define MOE_ASSERT_SIZE(type, bytes)                                                               \

@@ -12,7 +12,7 @@ static constexpr uint32_t kWarp = 0xffffffffu;
 static constexpr int kCandidates = 64;
 
 // What a warp notes while it chooses.
-struct warp_scratch {
+struct alignas(16) warp_scratch { // read 16 bytes at a time
     union {
         uint64_t wide[kCandidates];   // a key, below it the id reversed: the larger comes first
         uint32_t narrow[kCandidates]; // the same of 16-bit logits, in 32 bits

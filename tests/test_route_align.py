@@ -107,6 +107,7 @@ def test_same_bits_every_time(backend, rng):
     [
         ({"num_experts": 0}, "num_experts"),
         ({"num_experts": 1025}, "num_experts"),
+        ({"num_experts": -3}, "num_experts"),
         ({"out_expert_offsets": np.zeros(5, np.int32)}, "out_expert_offsets"),
         ({"out_ids": np.zeros((4, 3), F32)}, "out_ids"),
         ({"out_row_of_slot": np.zeros((4, 2), np.int32)}, "out_row_of_slot"),
@@ -122,3 +123,13 @@ def test_refuses(backend, wrong, name):
     arguments = {"routing": Routing(3), **wrong}
     with pytest.raises((ValueError, TypeError), match=f"^{name}"):
         fusedmoe.route_align(backend.put(np.zeros((4, 16), F32)), **arguments)
+
+
+def test_slots_may_be_more_than_columns(backend, rng):
+    """topk and the shared experts together were held against the router's columns."""
+    logits = backend.put(rng.standard_normal((3, 2), dtype=np.float32))
+    routing = Routing(2, num_fused_shared_experts=1, shared_weight=1.0)
+    weights, ids = fusedmoe.route(logits, routing)
+    got = fusedmoe.route_align(logits, routing)
+    assert same_bits(backend.get(got[0]), backend.get(weights))
+    assert_aligned(backend, got, backend.get(ids), 3)
