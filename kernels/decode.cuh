@@ -229,7 +229,7 @@ multiply_unit(float (&sum)[kSums][4], const weight_fragments &w, const uint4 (&t
 
 static __device__ __forceinline__ void release(decode_state &state, int32_t stage)
 {
-    __syncwarp();
+    __syncwarp(); // a lane left behind would miss the phase once the stage is filled again
     if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state.read[stage]));
 }
 
