@@ -19,11 +19,8 @@ typedef struct variant {
 
 enum { ARCH_sm80 = 80, ARCH_sm90a = 90, ARCH_sm90a_decode = 91 };
 enum { STAGE_gate_up = MOE_OP_GATE_UP, STAGE_down = MOE_OP_DOWN };
-#define SMEM_sm80(rows, cols, k, stages)         MOE_GEMM_SMEM_sm80(rows, cols, k, stages)
-#define SMEM_sm90a(rows, cols, k, stages)        MOE_GEMM_SMEM_sm90a(rows, cols, k, stages)
-#define SMEM_sm90a_decode(rows, cols, k, stages) 0 /* choose_decode adds it up */
-#define DTYPE_bf16                               MOE_BF16
-#define DTYPE_f16                                MOE_F16
+#define DTYPE_bf16 MOE_BF16
+#define DTYPE_f16  MOE_F16
 
 static const variant VARIANTS[] = {
 #define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
@@ -39,7 +36,7 @@ static const variant VARIANTS[] = {
      stages,                                                                                       \
      wn,                                                                                           \
      MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_##arch,                                \
-     SMEM_##arch(rows, cols, k, stages),                                                           \
+     MOE_GEMM_SMEM_##arch(rows, cols, k, stages),                                                  \
      align,                                                                                        \
      MOE_GEMM_WEIGHT_BOX_##arch(cols),                                                             \
      MOE_GEMM_TOKEN_BOX_##arch(rows)},

@@ -6,6 +6,7 @@
 
 #include "ptx.cuh"
 #include "moe_kernels.h"
+#include "slots.cuh"
 
 static constexpr int kMaxExperts = 1024;
 
@@ -128,15 +129,7 @@ static __device__ __forceinline__ int32_t count_rows(const bit_matrix &matrix, i
 // The expert that an id goes to, or -1.
 static __device__ __forceinline__ int32_t local_expert(const moe_align_args &args, int64_t id)
 {
-    uint64_t local;
-    if (args.expert_map) {
-        if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(args.expert_map_size)) return -1;
-        local = static_cast<uint64_t>(static_cast<int64_t>(args.expert_map[id]));
-    } else {
-        // Modulo 2^64: a difference that does not fit wraps to something far outside.
-        local = static_cast<uint64_t>(id) - static_cast<uint64_t>(args.expert_start);
-    }
-    return local < static_cast<uint64_t>(args.num_experts) ? static_cast<int32_t>(local) : -1;
+    return expert_of_id(args, id, [](const int32_t *entry) { return *entry; });
 }
 
 static __device__ __forceinline__ int32_t load_expert(const moe_align_args &args, int64_t slot)

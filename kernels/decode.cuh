@@ -10,6 +10,7 @@
 #define MOE_DECODE_CUH
 
 #include "gemm_common.cuh"
+#include "slots.cuh"
 #include "wgmma.cuh"
 
 static constexpr int kMathWarps = MOE_DECODE_MATH_WARPS;
@@ -80,15 +81,7 @@ static __device__ __forceinline__ int32_t local_expert(const moe_slot_args &args
     int64_t id = args.ids_dtype == MOE_I64
                      ? __ldcg(static_cast<const long long *>(args.topk_ids) + at)
                      : __ldcg(static_cast<const int *>(args.topk_ids) + at);
-    uint64_t local;
-    if (args.expert_map) {
-        if (static_cast<uint64_t>(id) >= static_cast<uint64_t>(args.expert_map_size)) return -1;
-        local = static_cast<uint64_t>(static_cast<int64_t>(__ldcg(args.expert_map + id)));
-    } else {
-        // Modulo 2^64: a difference that does not fit wraps to something far outside.
-        local = static_cast<uint64_t>(id) - static_cast<uint64_t>(args.expert_start);
-    }
-    return local < static_cast<uint64_t>(args.num_experts) ? static_cast<int32_t>(local) : -1;
+    return expert_of_id(args, id, [](const int32_t *entry) { return __ldcg(entry); });
 }
 
 // What find_experts will read, on its way from memory while the kernels before this one still run.

@@ -372,6 +372,8 @@ typedef struct moe_combine_args {
      1024 * 1024)
 #define MOE_GEMM_SMEM_sm80(rows, cols, k, stages)  MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)
 #define MOE_GEMM_SMEM_sm90a(rows, cols, k, stages) MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)
+#define MOE_GEMM_SMEM_sm90a_decode(rows, cols, k, stages)                                          \
+    (227 * 1024) /* at most; the plan adds it up */
 #define MOE_GEMM_GRID(max_tiles, weight_rows, cols)                                                \
     ((int64_t)(max_tiles) * (((int64_t)(weight_rows) + (cols) - 1) / (cols)))
 

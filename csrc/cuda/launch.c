@@ -59,10 +59,6 @@ enum {
 #define FILE_sm80(stage)            stage /* the .cu file that instantiates the row */
 #define FILE_sm90a(stage)           stage "_sm90a"
 #define FILE_sm90a_decode(stage)    stage "_decode_sm90a"
-/* dynamic shared memory, at most */
-#define SMEM_sm80(rows, cols, k, stages)         MOE_GEMM_SMEM_sm80(rows, cols, k, stages)
-#define SMEM_sm90a(rows, cols, k, stages)        MOE_GEMM_SMEM_sm90a(rows, cols, k, stages)
-#define SMEM_sm90a_decode(rows, cols, k, stages) (227 * 1024)
 
 static const moe_kernel_row KERNELS[] = {
     [KERNEL_ALIGN_ONE] = {"moe_align_one", "align", MOE_SMEM_ALL, 80, sizeof(moe_align_args)},
@@ -94,7 +90,7 @@ static const moe_kernel_row KERNELS[] = {
                          stages, wm, wn, wk, cluster, align)                                       \
     {#name,                                                                                        \
      FILE_##arch(#stage),                                                                          \
-     SMEM_##arch(rows, cols, k, stages),                                                           \
+     MOE_GEMM_SMEM_##arch(rows, cols, k, stages),                                                  \
      ARCH_##arch,                                                                                  \
      sizeof(PARAMS_##arch##_##stage),                                                              \
      MAPS_##arch##_##stage},
