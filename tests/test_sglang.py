@@ -333,20 +333,28 @@ def test_topk_softmax_bias_and_softcap(backend, rng):
     assert_routed(backend, out, logits, 4, **oracle)
 
 
-@pytest.mark.parametrize(
-    "renormalize, scale, shared", list(product((False, True), (1.0, 2.5), (0, 1)))
-)
+REFUSED = (False, 2.5, 1)  # a scale and shared slots, not renormalised
+SIGMOID = [case for case in product((False, True), (1.0, 2.5), (0, 1)) if case != REFUSED]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_topk_sigmoid_refuses_a_scale_with_shared_slots(backend, rng, biased):
+    renormalize, scale, shared = REFUSED
+    logits = rng.standard_normal((17, 64)).astype(F32)
+    bias = backend.put((rng.standard_normal(64) / 8).astype(F32)) if biased else None
+    out = empty_topk(backend, 17, 4 + shared)
+    with pytest.raises(NotImplementedError, match="routed_scaling_factor"):
+        door.topk_sigmoid(*out, backend.put(logits), renormalize, bias, scale, shared)
+    assert (backend.get(out[1]) == -7).all()
+
+
+@pytest.mark.parametrize("renormalize, scale, shared", SIGMOID)
 @pytest.mark.parametrize("biased", [False, True])
 def test_topk_sigmoid(backend, rng, renormalize, scale, shared, biased):
     logits = rng.standard_normal((17, 64)).astype(F32)
     bias = (rng.standard_normal(64) / 8).astype(F32) if biased else None
     out = empty_topk(backend, 17, 4 + shared)
     args = (*out, backend.put(logits), renormalize, None if bias is None else backend.put(bias))
-    if shared and scale != 1 and not renormalize:
-        with pytest.raises(NotImplementedError, match="routed_scaling_factor"):
-            door.topk_sigmoid(*args, scale, shared)
-        assert (backend.get(out[1]) == -7).all()
-        return
     door.topk_sigmoid(*args, scale, shared)
     oracle = {"correction_bias": bias} if biased else {}
     assert_routed(
