@@ -373,6 +373,13 @@ def check_layer(backend, layer, **replaced):
     return got
 
 
+def rms_of_unfused(backend, layer):
+    """Relative RMS error of the layer's result, as a share of what unfused kernels would have."""
+    got, (want, _) = run_layer(backend, layer), layer.expected()
+    off = np.sqrt(((got.astype(np.float64) - want) ** 2).sum() / (want**2).sum())
+    return off / reference.unfused_rms(*layer.tensors().values())
+
+
 def same_bits(a, b):
     """Bitwise equality, NaN included."""
     a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
