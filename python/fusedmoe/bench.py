@@ -249,14 +249,22 @@ def model_us(sizes, num_tokens, distinct, bytes_per_us, flops_per_us, itemsize=2
 
 
 # GPU -> (bytes per us that a kernel reads, FLOPs per us of large bf16 matrix products), measured.
-_RATES = {"NVIDIA H200": (4.65e6, 771e6)}
+_RATES = {
+    "NVIDIA H200": (4.65e6, 771e6),
+    "NVIDIA H100 80GB HBM3": (3.1e6, 771e6),
+}
+
+
+def known_rates(gpu):
+    """(bytes per us, FLOPs per us) of a GPU by its name, None where it was not measured."""
+    return _RATES.get(gpu)
 
 
 def rates(backend):
     """(bytes per us, FLOPs per us) that floor_us divides by. Of a GPU not in the table and of
     a CPU the read rate is measured now, and the floor is that of the memory alone."""
     if backend.name == "cuda":
-        known = _RATES.get(_C.info()["devices"][backend.index]["name"])
+        known = known_rates(_C.info()["devices"][backend.index]["name"])
         if known is not None:
             return known
     return backend.read_bandwidth() * 1e-6, float("inf")
