@@ -69,8 +69,15 @@ typedef struct moe_simd {
     /* out[h] = round(scale * sum over i of rows[i][h] + shared[h]); shared may be NULL. */
     void (*sum_rows)(void *out, const void *const *rows, int num_rows, const void *shared,
                      float scale, int64_t n, int32_t dtype);
-    /* c[i] = exp(c[i] - maximum); c may be touched up to a multiple of 16. */
-    void (*exp_minus)(float *c, float maximum, int64_t n);
+    /* Routing. A row of n logits as f32 and as keys (route_order in route_math.h); returns whether there is
+     * a NaN. Both may be touched up to a multiple of 16. */
+    bool (*load_logits)(float *x, uint32_t *key, const void *row, int64_t n, int32_t dtype);
+    /* The ids of the topk largest of n keys, best first, the lowest id among equals, never a key of 0;
+     * returns how many there are. key may be touched up to a multiple of 64. */
+    int32_t (*select_largest)(uint32_t *key, int32_t n, int32_t topk, int32_t *ids);
+    /* c[i] = exp(c[i] - maximum) of n numbers <= maximum, and their sum; c may be touched up to a multiple
+     * of 16. */
+    double (*exp_sum)(float *c, float maximum, int64_t n);
     /* Reads n bytes (a multiple of 4096, 64-byte aligned) and does nothing with them. */
     uint32_t (*read)(const void *data, int64_t n);
 } moe_simd;
