@@ -697,7 +697,8 @@ INLINE void dot_serial(const moe_dot *dot, int num_tokens, int32_t dtype)
 /* num_tokens becomes a constant, so that the accumulators live in registers. */
 INLINE void dot_tokens(const moe_dot *dot, int num_tokens, int32_t dtype)
 {
-    const bool serial = LANES == 16 && dot->fresh && dot->num_prefetch == MOE_DOT_ROWS;
+    const bool serial =
+        LANES == 16 && dot->in_turn && dot->fresh && dot->num_prefetch == MOE_DOT_ROWS;
     switch (num_tokens) {
 #if MAX_TOKENS > 3
     case 6:
