@@ -213,6 +213,7 @@ typedef struct moe_gemm_plan {
     int32_t weight_box, token_box; /* rows that a tensor copy brings; 0: none */
     int32_t ring_stages, box_chunks,
         copies;              /* decode: of the ring; pieces of K in a copy, copies in a stage */
+    int32_t stages_left;     /* decode, gate_up: still to be asked for when down may start */
     double bytes, flops, us; /* expected */
 } moe_gemm_plan;
 

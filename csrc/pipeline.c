@@ -344,6 +344,7 @@ static int run_decode(const run *r, int64_t first_token, int64_t num_tokens)
     up.stage = gate_up_args(r, first_token, num_tokens);
     up.slots = slot_args(r, first_token, num_tokens);
     up.ring_stages = r->plan->gate_up.ring_stages;
+    up.stages_left = r->plan->gate_up.stages_left;
     if (moe_cuda_gate_up_decode(r->plan, &up, r->device, r->stream, r->err)) return r->err->status;
 
     const moe_combine_args combine = combine_args(r, first_token, num_tokens);

@@ -467,14 +467,20 @@ static double decode_us(double bytes, const moe_device_info *d)
     return bytes / (0.96 * d->read_bytes_per_us) + 4.5 - 1.5 * exp(-bytes / 60e6);
 }
 
-/* Each kernel takes the shared memory of an SM for its ring. (Measured: two rings on one SM, so that down's fills while
- * gate_up streams, took 2 us longer at one token; shorter rings cost more than the early start gained.) Returns false
- * where the kernels cannot do this problem, or would not be faster. */
+/* Each kernel takes what it can use of the shared memory of an SM. Measured: six stages of gate_up's ring are as good as any
+ * number above. Where both fit beside each other, down starts when gate_up has asked for all but the last of its weights,
+ * and its own follow without a gap. That is worth 4 to 10 % where an expert's rows of w2 are so short that down's copies
+ * are small (copies of several experts in a stage); where they are large it costs as much: gate_up's shorter ring, and
+ * token rows that wait behind down's weights. There down starts on every SM as gate_up leaves it. Returns false where the
+ * kernels cannot do this problem, or would not be faster. */
 enum {
     FEWEST_STAGES = 4, /* of gate_up's ring */
-    MOST_STAGES = 10,
+    FEWEST_BESIDE = 3, /* the same, with down on the SM */
+    MOST_STAGES = 6,
     LOW_COPY_BYTES = 16384,
-    LOW_STAGE_BYTES = 12288
+    LOW_STAGE_BYTES = 12288,
+    STAGES_LEFT = 8,      /* a launch and finding the experts take as long as these from memory */
+    BLOCK_RESERVED = 1024 /* of the SM's shared memory, by every thread block */
 };
 
 static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_shape *gate_up,
@@ -492,12 +498,17 @@ static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_s
                   low = decode_variant(MOE_OP_DOWN, tokens, cols, p, d);
     if (up < 0 || low < 0) return false;
 
-    /* down: a copy brings at most LOW_COPY_BYTES, in equal shares of an expert; a stage at least LOW_STAGE_BYTES */
+    /* down: a copy brings at most LOW_COPY_BYTES, in equal shares of an expert; a stage at least LOW_STAGE_BYTES, or what is
+     * a warp's share of all */
     const int64_t piece = (int64_t)cols * MOE_MAP_COLS * 2;
     const int64_t pieces =
         p->intermediate_size / MOE_MAP_COLS > 0 ? p->intermediate_size / MOE_MAP_COLS : 1;
     const int32_t box = (int32_t)ceil_div(pieces, ceil_div(pieces, LOW_COPY_BYTES / piece));
-    const int32_t copies = (int32_t)ceil_div(LOW_STAGE_BYTES, box * piece);
+    const int64_t all_copies = (int64_t)(down->experts + 0.5) *
+                               (ceil_div(pieces, box) + (p->intermediate_size % MOE_MAP_COLS != 0));
+    const bool small_copies = box * piece < LOW_STAGE_BYTES;
+    const int32_t copies = (int32_t)min64(ceil_div(LOW_STAGE_BYTES, box * piece),
+                                          ceil_div(all_copies, MOE_DECODE_MATH_WARPS));
     const int64_t low_stage = copies * box * piece;
     const int64_t up_fixed = tokens * MOE_DECODE_PANEL_PITCH((int64_t)p->hidden_size) +
                              MOE_DECODE_UP_SUMS(VARIANTS[up].rows) + MOE_DECODE_SLOT_BYTES;
@@ -507,11 +518,18 @@ static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_s
         round_up(MOE_DECODE_SLOT_TABLE(min64(p->num_experts, slots), VARIANTS[low].rows), 16);
     const double up_bytes = gate_up->experts * (double)(gate_up->weight_rows * gate_up->depth * 2),
                  low_bytes = down->experts * (double)(down->weight_rows * down->depth * 2);
-    const int64_t up_stages =
-        min64(MOST_STAGES, (d->smem_per_block - up_fixed) / MOE_DECODE_STAGE_BYTES);
     const int64_t low_stages =
-        min64(MOE_DECODE_MATH_WARPS, (d->smem_per_block - low_fixed) / low_stage);
-    if (up_stages < FEWEST_STAGES || low_stages < 2) return false;
+        min64(min64(MOE_DECODE_MATH_WARPS, (d->smem_per_block - low_fixed) / low_stage),
+              ceil_div(all_copies, copies));
+    const int64_t beside =
+        (d->smem_per_sm - 2 * BLOCK_RESERVED - low_fixed - low_stages * low_stage - up_fixed) /
+        MOE_DECODE_STAGE_BYTES;
+    const bool both = small_copies && beside >= FEWEST_BESIDE;
+    const int64_t up_stages =
+        min64(MOST_STAGES, both ? beside : (d->smem_per_block - up_fixed) / MOE_DECODE_STAGE_BYTES);
+    if (up_stages < (both ? FEWEST_BESIDE : FEWEST_STAGES) || low_stages < 1 ||
+        (low_stages < 2 && ceil_div(all_copies, copies) > 1))
+        return false;
 
     const double us = decode_us(up_bytes + low_bytes, d);
     const double others = plan->gate_up.us + plan->down.us + 5.0; /* align, combine */
@@ -524,6 +542,7 @@ static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_s
     plan->tile_rows = VARIANTS[up].rows;
     plan->gate_up.max_blocks = d->num_sms;
     plan->gate_up.ring_stages = (int32_t)up_stages;
+    plan->gate_up.stages_left = both ? STAGES_LEFT : INT32_MAX;
     plan->gate_up.smem_bytes = (int32_t)(up_fixed + up_stages * MOE_DECODE_STAGE_BYTES);
     plan->down.max_blocks = (int32_t)min64(d->num_sms, plan->down.grid_cols);
     plan->down.ring_stages = (int32_t)low_stages;

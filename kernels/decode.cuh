@@ -20,16 +20,14 @@ static constexpr int kUnitK = 64;
 static constexpr int kMathBarrier = 1; // of bar.sync: the math warps
 static constexpr int kReadBarrier = 2; // all but the warp that copies
 static constexpr int kMaxTiles = 2;    // of eight tokens
-static constexpr int kPanelParts = 4;  // token rows arrive in so many parts (down)
 
 struct decode_state {
-    // landed: a stage's copies; read: its units are multiplied, one arrival per reading warp; panel: token rows;
+    // landed: a stage's copies; read: its units are multiplied, one arrival per reading warp; panel: token rows (gate_up);
     // summed, written: of the two buffers of sums between the math warps and the warp that writes
     alignas(16) uint64_t landed[MOE_DECODE_MAX_STAGES];
     uint64_t read[MOE_DECODE_MAX_STAGES];
-    uint64_t panel[kPanelParts], summed[2], written[2];
-    int32_t num_active, duplicates; // duplicates: some token has two slots of one expert (down)
-    int32_t unused[2];
+    uint64_t panel, summed[2], written[2];
+    int32_t num_active, duplicates;   // duplicates: some token has two slots of one expert (down)
     uint32_t seen[kMaxTiles][32];     // experts that have slots of these eight tokens, one bit each
     int16_t expert[MOE_DECODE_SLOTS]; // of a slot, -1: dropped
     int16_t active[MOE_DECODE_SLOTS]; // experts that have slots, ascending
@@ -38,6 +36,17 @@ struct decode_state {
     float weight[MOE_DECODE_SLOTS]; // of a slot (down)
 };
 static_assert(sizeof(decode_state) <= MOE_DECODE_SLOT_BYTES, "the host asks for so much");
+
+// n / d, without the reciprocal that a division spends most of its time on: r is 1 / d, made long before.
+static __device__ __forceinline__ int32_t divide(int32_t n, int32_t d, float r)
+{
+    int32_t q = static_cast<int32_t>(static_cast<float>(n) * r);
+    while (q * d > n)
+        --q;
+    while (n - q * d >= d)
+        ++q;
+    return q;
+}
 
 // Where a thread is in the ring.
 struct ring_position {
@@ -58,12 +67,12 @@ static __device__ __forceinline__ void start_ring(decode_state &state, int32_t s
                                                   const tensor_map *tail)
 {
     if (threadIdx.x != 0) return;
+#pragma unroll 1
     for (int32_t stage = 0; stage < stages; ++stage) {
         mbarrier_init(shared_address(&state.landed[stage]), 1);
         mbarrier_init(shared_address(&state.read[stage]), readers);
     }
-    for (int part = 0; part < kPanelParts; ++part)
-        mbarrier_init(shared_address(&state.panel[part]), 1);
+    mbarrier_init(shared_address(&state.panel), 1);
     for (int buffer = 0; buffer < 2; ++buffer) {
         mbarrier_init(shared_address(&state.summed[buffer]), kMathWarps);
         mbarrier_init(shared_address(&state.written[buffer]), 1);
@@ -76,8 +85,11 @@ static __device__ __forceinline__ void start_ring(decode_state &state, int32_t s
 // The expert that a slot goes to, or -1; ids past L1, because other kernels may just have written them.
 static __device__ __forceinline__ int32_t local_expert(const moe_slot_args &args, int32_t slot)
 {
-    int32_t token = slot / args.topk;
-    int64_t at = token * args.ids_stride + (slot - token * args.topk);
+    int64_t at = slot;
+    if (args.ids_stride != args.topk) { // a division is a tenth of a microsecond
+        int32_t token = slot / args.topk;
+        at = token * args.ids_stride + (slot - token * args.topk);
+    }
     int64_t id = args.ids_dtype == MOE_I64
                      ? __ldcg(static_cast<const long long *>(args.topk_ids) + at)
                      : __ldcg(static_cast<const int *>(args.topk_ids) + at);
@@ -88,6 +100,7 @@ static __device__ __forceinline__ int32_t local_expert(const moe_slot_args &args
 static __device__ __forceinline__ void prefetch_slots(const moe_slot_args &args)
 {
     int32_t bytes = args.ids_dtype == MOE_I64 ? 8 : 4;
+#pragma unroll 1
     for (int32_t slot = threadIdx.x; slot < args.num_slots; slot += kThreads) {
         int32_t token = slot / args.topk, s = slot - token * args.topk;
         if (s % 8 != 0) continue;
@@ -111,12 +124,17 @@ static __device__ __forceinline__ void find_few_experts(decode_state &state,
 {
     int32_t lane = threadIdx.x % 32, rank = 0;
     int32_t expert = lane < args.num_slots ? local_expert(args, lane) : -1;
-    bool first = expert >= 0;
-    for (int32_t slot = 0; slot < args.num_slots; ++slot)
-        first &= __shfl_sync(0xffffffffu, expert, slot) != expert || slot >= lane;
+    uint32_t same = __match_any_sync(0xffffffffu, expert);
+    bool first = expert >= 0 && (same & ((1u << lane) - 1)) == 0;
     uint32_t firsts = __ballot_sync(0xffffffffu, first);
-    for (int32_t slot = 0; slot < args.num_slots; ++slot)
-        rank += __shfl_sync(0xffffffffu, expert, slot) < expert && (firsts >> slot & 1);
+    // Those that are not the first of an expert count for nothing.
+    int32_t counted = first ? expert : INT32_MAX;
+#pragma unroll 1
+    for (int32_t slot = 0; slot < args.num_slots; slot += 8) {
+#pragma unroll
+        for (int32_t i = 0; i < 8; ++i)
+            rank += __shfl_sync(0xffffffffu, counted, slot + i) < expert;
+    }
     if (lane < args.num_slots) {
         state.expert[lane] = static_cast<int16_t>(expert);
         state.rank[lane] = static_cast<int16_t>(expert >= 0 ? rank : -1);
@@ -140,6 +158,7 @@ static __device__ __forceinline__ int32_t find_experts(decode_state &state,
     }
     if (thread < 32 * kTiles) state.seen[thread / 32][thread % 32] = 0;
     __syncthreads();
+#pragma unroll 1
     for (int32_t slot = thread; slot < args.num_slots; slot += kThreads) {
         int32_t expert = local_expert(args, slot);
         state.expert[slot] = static_cast<int16_t>(expert);
@@ -161,6 +180,7 @@ static __device__ __forceinline__ int32_t find_experts(decode_state &state,
     }
     int32_t total = __shfl_sync(0xffffffffu, before, 31);
     before -= __popc(bits);
+#pragma unroll 1
     for (int32_t word = thread / 32; word < words; word += kThreads / 32) {
         uint32_t experts = __shfl_sync(0xffffffffu, bits, word);
         int32_t first = __shfl_sync(0xffffffffu, before, word);
@@ -177,6 +197,7 @@ template <int kTiles>
 static __device__ __forceinline__ int32_t rank_of(const decode_state &state, int32_t expert)
 {
     int32_t rank = 0;
+#pragma unroll 1
     for (int32_t word = 0; word <= expert / 32; ++word) {
         uint32_t bits = 0;
 #pragma unroll

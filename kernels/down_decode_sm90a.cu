@@ -6,7 +6,8 @@
  * Math   out = round(scale * sum over slots (w2 . intermediate + bias) * weight + shared_output), f32, one rounding.
  *        Experts in ascending order, stages of the ring dealt to eight warps, whose sums are added in warp order, then
  *        the biases: the same bits every time
- * Grid   a block owns kCols columns of out and goes over all active experts; at most one block per SM
+ * Grid   a block owns kCols columns of out and goes over all active experts; at most one block per SM, where the plan
+ *        says so beside one of gate_up: registers of both have to fit
  * Needs  as gate_up_decode_sm90a.cu. Weights, ids and topk_weights are read before the wait: they are complete once
  *        gate_up has waited for them
  * Cost   the weights of the active experts once: memory-bound */
@@ -74,16 +75,23 @@ struct down_decode {
         ring_position to;
         const uint32_t box_bytes = args.box_chunks * kUnitBytes;
         for (int32_t tile = blockIdx.x; tile < col_tiles; tile += gridDim.x) {
+#pragma unroll 1
             for (piece p = {0, 0}; p.rank < active;) {
                 uint32_t bytes = 0, bar = shared_address(&state.landed[to.stage]);
                 uint32_t shared = shared_address(ring + to.stage * stage_bytes);
-                piece q = p;
-                for (int32_t i = 0; i < args.copies && q.rank < active; ++i) {
-                    bytes += is_tail(q) ? kUnitBytes : box_bytes;
-                    q.advance(1, copies_per_expert);
+                if (args.copies == 1) {
+                    bytes = is_tail(p) ? kUnitBytes : box_bytes;
+                } else {
+                    piece q = p;
+#pragma unroll 1
+                    for (int32_t i = 0; i < args.copies && q.rank < active; ++i) {
+                        bytes += is_tail(q) ? kUnitBytes : box_bytes;
+                        q.advance(1, copies_per_expert);
+                    }
                 }
                 mbarrier_wait(shared_address(&state.read[to.stage]), to.parity ^ 1);
                 mbarrier_arrive_expect_tx(bar, bytes);
+#pragma unroll 1
                 for (int32_t i = 0; i < args.copies && p.rank < active; ++i) {
                     int32_t expert = state.active[p.rank];
                     if (is_tail(p))
@@ -100,114 +108,140 @@ struct down_decode {
         }
     }
 
-    // Which part of the panel holds the rows of an active expert.
-    __device__ __forceinline__ int32_t part_of(int32_t rank) const
-    {
-        return rank * kPanelParts / active;
-    }
-
-    // The rows of intermediate into shared memory, those of the first experts first. One warp, a lane for an expert
-    // and a token. What is past K is zero already.
+    // The wait, then the rows of intermediate into shared memory, a warp for a slot; what is past K is zero already. The
+    // math warps do it, not the copy engine: it would bring them behind the weights that it has been asked for.
     __device__ __forceinline__ void load_panel() const
     {
         const moe_down_args &stage = args.stage;
-        int32_t lane = threadIdx.x % 32, bytes = stage.intermediate_size * 2;
-        for (int32_t part = 0; part < kPanelParts; ++part) {
-            int32_t rows = 0;
-            int32_t begin = (part * active + kPanelParts - 1) / kPanelParts;
-            int32_t end = ((part + 1) * active + kPanelParts - 1) / kPanelParts;
-            uint32_t bar = shared_address(&state.panel[part]);
-            for (int32_t slot = lane; slot < args.slots.num_slots; slot += 32) {
-                int32_t rank = state.rank[slot];
-                rows += rank >= begin && rank < end;
-            }
-            rows = __reduce_add_sync(0xffffffffu, rows);
-            if (lane == 0) mbarrier_arrive_expect_tx(bar, static_cast<uint32_t>(rows * bytes));
-            __syncwarp();
-            for (int32_t slot = lane; slot < args.slots.num_slots; slot += 32) {
-                int32_t rank = state.rank[slot];
-                if (rank >= begin && rank < end)
-                    bulk_copy(shared_address(panel + slot * panel_pitch),
-                              static_cast<const typename T::element *>(stage.intermediate) +
-                                  slot * stage.intermediate_stride,
-                              static_cast<uint32_t>(bytes), bar);
-            }
+        const int32_t lane_bytes = threadIdx.x % 32 * 16, bytes = stage.intermediate_size * 2;
+        const int32_t num_slots = args.slots.num_slots;
+        const int64_t stride = stage.intermediate_stride * 2;
+        int32_t slot = threadIdx.x / 32;
+        const char *from = static_cast<const char *>(stage.intermediate) + slot * stride;
+        uint32_t to = shared_address(panel + slot * panel_pitch);
+        bool wanted = slot < num_slots && state.rank[slot] >= 0;
+        grid_dependency_wait();
+#pragma unroll 1
+        while (slot < num_slots) {
+            if (wanted)
+#pragma unroll 1
+                for (int32_t at = lane_bytes; at < bytes; at += 32 * 16)
+                    cp_async_16(to + at, from + at, 16);
+            slot += kMathWarps;
+            from += kMathWarps * stride;
+            to += kMathWarps * panel_pitch;
+            wanted = slot < num_slots && state.rank[slot] >= 0;
+        }
+        cp_async_commit();
+        grid_launch_dependents();
+        cp_async_wait<0>();
+        named_barrier_sync(kMathBarrier, kMathThreads);
+    }
+
+    // The slots whose products a lane takes part in, of one expert: of token g in lane 4 g + q (its row of the panel) and of
+    // tokens 2 q, 2 q + 1 (its columns of the sums); of eight more tokens in each tile. -1: none.
+    struct lane_slots {
+        int32_t row[kTiles], column[kTiles][2];
+    };
+
+    __device__ __forceinline__ void load_slots(lane_slots &slot, int32_t rank) const
+    {
+        const int16_t *from = slots + rank * kTokens;
+        const int32_t lane = threadIdx.x % 32;
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+            slot.row[tile] = from[tile * 8 + lane / 4];
+            short2 pair = *reinterpret_cast<const short2 *>(from + tile * 8 + lane % 4 * 2);
+            slot.column[tile][0] = pair.x;
+            slot.column[tile][1] = pair.y;
         }
     }
 
-    // acc += weight * (the weights of a copy times the token rows), for the tokens that have a slot. units: of 64 of K, from
-    // k on. slot: of token 8 tile + g in lane 4 g + q.
+    // acc += weight * (the weights of a copy times the token rows), for the tokens that have a slot, of kCopies copies of one
+    // stage at once: what one waits for, the other does not. units: of 64 of K, from k on, each.
+    template <int kCopies>
     __device__ __forceinline__ void multiply(float (&acc)[kParts][kTiles][4],
-                                             const int32_t (&slot)[kTiles], uint32_t weights,
-                                             int32_t k, int32_t units) const
+                                             const lane_slots (&slot)[kCopies], uint32_t weights,
+                                             const int32_t (&k)[kCopies], int32_t units) const
     {
         const uint32_t lane = threadIdx.x % 32;
         constexpr int kSums = kParts > 1 ? 1 : 2;
-        float sum[kParts][kTiles][kSums][4] = {};
-        uint32_t rows[kTiles];
-        bool any[kTiles];
+        float sum[kCopies][kParts][kTiles][kSums][4] = {};
+        float scale[kCopies][kTiles][2];
+        uint32_t rows[kCopies][kTiles];
+        bool any[kCopies][kTiles];
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-            any[tile] = kTiles == 1 || __any_sync(0xffffffffu, slot[tile] >= 0);
-            // Columns without a slot take some row: they are not added.
-            rows[tile] =
-                shared_address(panel) + max(slot[tile], 0) * panel_pitch + k * 2 + lane % 4 * 32;
-        }
-        for (int32_t unit = 0; unit < units; ++unit) {
-            uint4 tokens[kTiles][2];
+        for (int copy = 0; copy < kCopies; ++copy) {
 #pragma unroll
             for (int tile = 0; tile < kTiles; ++tile) {
-                if (any[tile]) {
-                    tokens[tile][0] = load_shared_16(rows[tile]);
-                    tokens[tile][1] = load_shared_16(rows[tile] + 16);
-                }
-                rows[tile] += kUnitK * 2;
+                const lane_slots &s = slot[copy];
+                any[copy][tile] = kTiles == 1 || __any_sync(0xffffffffu, s.row[tile] >= 0);
+                // Columns without a slot take some row and some weight: they are not added.
+                rows[copy][tile] = shared_address(panel) + max(s.row[tile], 0) * panel_pitch +
+                                   k[copy] * 2 + lane % 4 * 32;
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    scale[copy][tile][i] = state.weight[max(s.column[tile][i], 0)];
             }
+        }
+        const uint32_t copy_bytes = args.box_chunks * kUnitBytes;
+#pragma unroll kCopies> 1 ? 1 : 2
+        for (int32_t unit = 0; unit < units; ++unit) {
 #pragma unroll
-            for (int part = 0; part < kParts; ++part) {
-                weight_fragments w;
-                load_weights(w, weights + part * 2048);
+            for (int copy = 0; copy < kCopies; ++copy) {
+                uint4 tokens[kTiles][2];
 #pragma unroll
-                for (int tile = 0; tile < kTiles; ++tile)
-                    if (any[tile]) multiply_unit<T>(sum[part][tile], w, tokens[tile]);
+                for (int tile = 0; tile < kTiles; ++tile) {
+                    if (any[copy][tile]) {
+                        tokens[tile][0] = load_shared_16(rows[copy][tile]);
+                        tokens[tile][1] = load_shared_16(rows[copy][tile] + 16);
+                    }
+                    rows[copy][tile] += kUnitK * 2;
+                }
+#pragma unroll
+                for (int part = 0; part < kParts; ++part) {
+                    weight_fragments w;
+                    load_weights(w, weights + copy * copy_bytes + part * 2048);
+#pragma unroll
+                    for (int tile = 0; tile < kTiles; ++tile)
+                        if (any[copy][tile])
+                            multiply_unit<T>(sum[copy][part][tile], w, tokens[tile]);
+                }
             }
             weights += kUnitBytes;
         }
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-            float weight = slot[tile] >= 0 ? state.weight[slot[tile]] : 0.0f;
+        for (int copy = 0; copy < kCopies; ++copy)
 #pragma unroll
-            for (int column = 0; column < 2;
-                 ++column) { // of this lane's two, held by lanes 8 q and 8 q + 4
-                int32_t from = lane % 4 * 8 + column * 4;
-                float scale = __shfl_sync(0xffffffffu, weight, from);
-                bool has = __shfl_sync(0xffffffffu, slot[tile], from) >= 0;
+            for (int part = 0; part < kParts; ++part)
 #pragma unroll
-                for (int part = 0; part < kParts; ++part)
+                for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
-                    for (int i = column; i < 4; i += 2)
-                        if (has)
-                            acc[part][tile][i] +=
-                                scale * (kSums > 1
-                                             ? sum[part][tile][0][i] + sum[part][tile][kSums - 1][i]
-                                             : sum[part][tile][0][i]);
-            }
-        }
+                    for (int i = 0; i < 4; ++i) {
+                        const float(&z)[kSums][4] = sum[copy][part][tile];
+                        if (slot[copy].column[tile][i % 2] >= 0)
+                            acc[part][tile][i] += scale[copy][tile][i % 2] *
+                                                  (kSums > 1 ? z[0][i] + z[kSums - 1][i] : z[0][i]);
+                    }
     }
 
     // The next slots of the tokens that go to the same expert; false where no token has one. A warp.
-    __device__ __forceinline__ bool next_slots(int32_t (&slot)[kTiles], int32_t expert) const
+    __device__ __forceinline__ bool next_slots(lane_slots &slot, int32_t expert) const
     {
         bool any = false;
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-            int32_t at = slot[tile], end = 0;
+            int32_t at = slot.row[tile], end = 0;
             if (at >= 0) end = at / args.slots.topk * args.slots.topk + args.slots.topk;
             do
                 ++at;
             while (at < end && state.expert[at] != expert);
-            slot[tile] = at < end ? at : -1;
+            slot.row[tile] = at < end ? at : -1;
             any |= at < end;
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                slot.column[tile][i] =
+                    __shfl_sync(0xffffffffu, slot.row[tile], threadIdx.x % 4 * 8 + i * 4);
         }
         return __any_sync(0xffffffffu, any);
     }
@@ -228,16 +262,21 @@ struct down_decode {
         }
     }
 
-    // Four columns of a token a thread.
+    // The warps' sums, biases and shared output of this block's columns -> out. Four columns of a token a thread. Math warps;
+    // what does not need the sums is done before the barrier.
     __device__ __forceinline__ void write(int32_t tile) const
     {
         const moe_down_args &stage = args.stage;
         const int32_t topk = args.slots.topk;
         const int32_t num_items = static_cast<int32_t>(stage.num_tokens) * (kCols / 4);
-        for (int32_t item = threadIdx.x; item < num_items; item += kMathThreads) {
-            int32_t token = item / (kCols / 4), in_tile = item % (kCols / 4) * 4;
-            int32_t col = tile * kCols + in_tile;
-            if (col >= stage.hidden_size) continue;
+        int32_t item = threadIdx.x, token = item / (kCols / 4), in_tile = item % (kCols / 4) * 4;
+        const int32_t col = tile * kCols + in_tile; // of all items of a thread
+        typename T::element *to =
+            static_cast<typename T::element *>(args.out) + token * args.out_stride + col;
+        named_barrier_sync(kMathBarrier, kMathThreads);
+        if (col >= stage.hidden_size) return;
+#pragma unroll 1
+        for (; item < num_items; item += kMathThreads) {
             float z[4] = {};
 #pragma unroll
             for (int warp = 0; warp < kMathWarps; ++warp) {
@@ -245,6 +284,7 @@ struct down_decode {
                 z[0] += part.x, z[1] += part.y, z[2] += part.z, z[3] += part.w;
             }
             if (stage.w2_bias) {
+#pragma unroll 1
                 for (int32_t slot = token * topk; slot < token * topk + topk; ++slot) {
                     int32_t expert = state.expert[slot];
                     if (expert < 0) continue;
@@ -255,15 +295,15 @@ struct down_decode {
                                 load_f32(stage.w2_bias, at + i, stage.w2_bias_dtype);
                 }
             }
-            int64_t shared_at = token * args.shared_stride + col;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < 4; ++i)
                 z[i] *= args.scale;
-                if (args.shared_output)
+            if (args.shared_output) {
+                int64_t shared_at = token * args.shared_stride + col;
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
                     z[i] += load_f32(args.shared_output, shared_at + i, T::kDtype);
             }
-            typename T::element *to =
-                static_cast<typename T::element *>(args.out) + token * args.out_stride + col;
             if (args.vector) {
                 *reinterpret_cast<uint2 *>(to) =
                     make_uint2(T::round2(z[0], z[1]), T::round2(z[2], z[3]));
@@ -272,50 +312,73 @@ struct down_decode {
                 for (int i = 0; i < 4; ++i)
                     to[i] = T::round(z[i]);
             }
+            token += kMathThreads / (kCols / 4);
+            to += kMathThreads / (kCols / 4) * args.out_stride;
         }
     }
 
     // A stage of the ring is one warp's, always the same: so several are multiplied at a time, and none waits for all. (A
     // warp that took the next stage in turn could wait for a phase two ahead, which has the parity of the one before.)
+    // Stages: at most one a warp, or two.
     __device__ __forceinline__ void consume() const
     {
-        const int32_t warp = threadIdx.x / 32;
+        const int32_t warp = threadIdx.x / 32, step = min(args.ring_stages, kMathWarps);
         const int32_t num_stages = (active * copies_per_expert + args.copies - 1) / args.copies;
         int32_t next = warp,
                 end = 0; // numbers of stages: this warp's next, one past the tile's last
+        int32_t stage = warp;
         uint32_t parity = 0;
+        piece at = {0, 0};
+        at.advance(warp * args.copies, copies_per_expert);
+        // Two experts at a time where a copy is all of an expert's; with more sums registers would not do.
+        const bool pairs = kParts * kTiles == 1 && copies_per_expert == 1 && !tail && !duplicates;
+        load_panel();
+#pragma unroll 1
         for (int32_t tile = blockIdx.x; tile < col_tiles; tile += gridDim.x) {
             float acc[kParts][kTiles][4] = {};
-            piece at = {0, 0};
-            at.advance((next - end) * args.copies, copies_per_expert);
+            if (end > 0) {
+                at = {0, 0};
+                at.advance((next - end) * args.copies, copies_per_expert);
+            }
             end += num_stages;
-            int32_t arrived = -1; // part of the panel
-            for (; warp < args.ring_stages && next < end; next += args.ring_stages, parity ^= 1) {
-                mbarrier_wait(shared_address(&state.landed[warp]), parity);
-                uint32_t weights = shared_address(ring + warp * stage_bytes);
+#pragma unroll 1
+            for (; warp < step && next < end; next += step) {
+                mbarrier_wait(shared_address(&state.landed[stage]), parity);
+                uint32_t weights = shared_address(ring + stage * stage_bytes);
                 piece mine = at;
+#pragma unroll 1
                 for (int32_t copy = 0; copy < args.copies && mine.rank < active; ++copy) {
-                    for (; arrived < part_of(mine.rank); ++arrived)
-                        mbarrier_wait(shared_address(&state.panel[arrived + 1]), 0);
+                    if (pairs && copy + 1 < args.copies && mine.rank + 1 < active) {
+                        lane_slots slot[2];
+                        load_slots(slot[0], mine.rank);
+                        load_slots(slot[1], mine.rank + 1);
+                        multiply<2>(acc, slot, weights, {0, 0}, chunks);
+                        weights += 2 * args.box_chunks * kUnitBytes;
+                        mine.rank += 2;
+                        ++copy;
+                        continue;
+                    }
+                    lane_slots slot[1];
+                    load_slots(slot[0], mine.rank);
                     const int32_t chunk = is_tail(mine) ? chunks : mine.at * args.box_chunks;
                     const int32_t units = is_tail(mine) ? 1 : min(args.box_chunks, chunks - chunk);
-                    int32_t slot[kTiles];
-#pragma unroll
-                    for (int t = 0; t < kTiles; ++t)
-                        slot[t] = slots[mine.rank * kTokens + t * 8 + threadIdx.x % 32 / 4];
                     do
-                        multiply(acc, slot, weights, chunk * kUnitK, units);
-                    while (duplicates && next_slots(slot, state.active[mine.rank]));
+                        multiply<1>(acc, slot, weights, {chunk * kUnitK}, units);
+                    while (duplicates && next_slots(slot[0], state.active[mine.rank]));
                     weights += args.box_chunks * kUnitBytes;
                     mine.advance(1, copies_per_expert);
                 }
-                release(state, warp);
-                at.advance(args.ring_stages * args.copies, copies_per_expert);
+                release(state, stage);
+                at.advance(step * args.copies, copies_per_expert);
+                stage += step;
+                if (stage >= args.ring_stages) {
+                    stage = warp;
+                    parity ^= 1;
+                }
             }
             store_sums(acc);
-            named_barrier_sync(kMathBarrier, kMathThreads);
             write(tile);
-            named_barrier_sync(kMathBarrier, kMathThreads);
+            if (tile + gridDim.x < col_tiles) named_barrier_sync(kMathBarrier, kMathThreads);
         }
     }
 
@@ -326,10 +389,12 @@ struct down_decode {
         constexpr int32_t kReaders = kThreads - 32;
         const int32_t topk = args.slots.topk, num_slots = args.slots.num_slots;
         const int32_t thread = threadIdx.x < kMathThreads ? threadIdx.x : threadIdx.x - 32;
+#pragma unroll 1
         for (int32_t i = thread; i < active * kTokens / 8; i += kReaders)
             reinterpret_cast<uint4 *>(slots)[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
         if (tail) { // zeros behind K
             int32_t past = (kUnitK - args.stage.intermediate_size % kUnitK) / 8;
+#pragma unroll 1
             for (int32_t i = thread; i < num_slots * past; i += kReaders) {
                 int32_t slot = i / past;
                 *reinterpret_cast<uint4 *>(panel + slot * panel_pitch +
@@ -339,12 +404,14 @@ struct down_decode {
         }
         if (thread == 0) state.duplicates = 0;
         named_barrier_sync(kReadBarrier, kReaders);
+#pragma unroll 1
         for (int32_t slot = thread; slot < num_slots; slot += kReaders) {
             state.weight[slot] = slot == thread ? weight : slot_weight(slot);
             int32_t expert = state.expert[slot], token = slot / topk, before = token * topk;
             const bool known = few_slots<kTiles>(args.slots);
             if (!known) state.rank[slot] = -1;
             if (expert < 0) continue;
+#pragma unroll 1
             while (state.expert[before] != expert)
                 ++before;
             int32_t rank = known ? state.rank[slot] : rank_of<kTiles>(state, expert);
@@ -385,17 +452,12 @@ struct down_decode {
             return;
         }
         read_slots(weight);
-        grid_dependency_wait();
-        grid_launch_dependents();
-        if (threadIdx.x < kMathThreads)
-            consume();
-        else
-            load_panel();
+        if (threadIdx.x < kMathThreads) consume();
     }
 };
 
 #define MOE_KERNEL_sm90a_decode_down(name, type, rows, cols, k, stages, wm, wn, wk)                \
-    extern "C" __global__ void __launch_bounds__(kThreads, 1)                                      \
+    extern "C" __global__ void __launch_bounds__(kThreads, rows == 8 && cols == 16 ? 2 : 1)        \
         name(const __grid_constant__ moe_down_decode_args args,                                    \
              const __grid_constant__ tensor_map body, const __grid_constant__ tensor_map rest)     \
     {                                                                                              \

@@ -29,7 +29,8 @@ struct gate_up_decode {
     sums_buffer *sums; // two, in turn
     decode_state &state;
     int32_t panel_pitch, chunks, row_tiles;
-    bool tail;
+    float per_grid, per_row_tiles; // reciprocals, for share
+    bool tail, plain;              // plain: silu(gate) * up and nothing else
 
     __device__ __forceinline__ gate_up_decode(const moe_gate_up_decode_args &args,
                                               const tensor_map &body, const tensor_map &rest,
@@ -45,21 +46,26 @@ struct gate_up_decode {
         panel_pitch = MOE_DECODE_PANEL_PITCH(stage.hidden_size);
         chunks = stage.hidden_size / kUnitK;
         tail = stage.hidden_size % kUnitK != 0;
+        plain = stage.gated && stage.activation == MOE_ACT_SILU && stage.activation_limit <= 0 &&
+                !stage.w13_bias && !stage.topk_weights;
         int32_t outputs = stage.gated ? 8 : 16;
         row_tiles = (stage.intermediate_size + outputs - 1) / outputs;
+        per_grid = 1.0f / static_cast<float>(gridDim.x);
+        per_row_tiles = 1.0f / static_cast<float>(row_tiles);
     }
 
     struct items {
         int32_t rank, tile, count;
     };
 
-    // This block's share of active * row_tiles items.
+    // This block's share of active * row_tiles items: from total * block / grid on, the fraction cut off.
     __device__ __forceinline__ items share(int32_t active) const
     {
-        int64_t total = int64_t{active} * row_tiles;
-        int32_t begin = static_cast<int32_t>(total * blockIdx.x / gridDim.x);
-        int32_t end = static_cast<int32_t>(total * (blockIdx.x + 1) / gridDim.x);
-        int32_t rank = begin / row_tiles;
+        const int32_t grid = gridDim.x, block = blockIdx.x, total = active * row_tiles;
+        const int32_t each = divide(total, grid, per_grid), more = total - each * grid;
+        int32_t begin = each * block + divide(more * block, grid, per_grid);
+        int32_t end = each * (block + 1) + divide(more * (block + 1), grid, per_grid);
+        int32_t rank = divide(begin, row_tiles, per_row_tiles);
         return {rank, begin - rank * row_tiles, end - begin};
     }
 
@@ -78,8 +84,9 @@ struct gate_up_decode {
         const moe_gate_up_args &stage = args.stage;
         int32_t num_tokens = static_cast<int32_t>(stage.num_tokens), k = stage.hidden_size;
         if (threadIdx.x == kMathThreads) {
-            uint32_t bar = shared_address(&state.panel[0]);
+            uint32_t bar = shared_address(&state.panel);
             mbarrier_arrive_expect_tx(bar, static_cast<uint32_t>(num_tokens * k * 2));
+#pragma unroll 1
             for (int32_t token = 0; token < num_tokens; ++token)
                 bulk_copy(shared_address(panel + token * panel_pitch),
                           static_cast<const typename T::element *>(stage.hidden_states) +
@@ -88,6 +95,7 @@ struct gate_up_decode {
         }
         if (tail) {
             int32_t past = kUnitK - k % kUnitK; // a multiple of 8
+#pragma unroll 1
             for (int32_t i = threadIdx.x; i < num_tokens * past / 8; i += kThreads) {
                 int32_t token = i / (past / 8), at = k + (i - token * (past / 8)) * 8;
                 *reinterpret_cast<uint4 *>(panel + token * panel_pitch + at * 2) =
@@ -101,15 +109,20 @@ struct gate_up_decode {
     {
         const int32_t row_step = args.stage.gated ? 8 : 16;
         ring_position to;
+        int32_t left = at.count * ((chunks + kMathWarps - 1) / kMathWarps + tail);
+        if (left <= args.stages_left) grid_launch_dependents();
         auto stage = [&](uint32_t bytes, auto copy) {
             uint32_t bar = shared_address(&state.landed[to.stage]);
             mbarrier_wait(shared_address(&state.read[to.stage]), to.parity ^ 1);
             mbarrier_arrive_expect_tx(bar, bytes);
             copy(shared_address(ring + to.stage * MOE_DECODE_STAGE_BYTES), bar);
             to.next(args.ring_stages);
+            if (--left == args.stages_left) grid_launch_dependents();
         };
+#pragma unroll 1
         for (; at.count > 0; next(at)) {
             int32_t expert = state.active[at.rank], row = at.tile * row_step;
+#pragma unroll 1
             for (int32_t chunk = 0; chunk < chunks; chunk += kMathWarps)
                 stage(MOE_DECODE_STAGE_BYTES, [&](uint32_t shared, uint32_t bar) {
                     tensor_copy_5d(shared, &body, 0, row, 0, chunk, expert, bar);
@@ -177,31 +190,63 @@ struct gate_up_decode {
         return total;
     }
 
-    // Four outputs of a token a thread, for each of its slots that goes to this expert. One warp.
-    __device__ __forceinline__ void write(const sums_buffer &from, int32_t expert,
+    // The first of slots [slot, end) that goes to this expert, or end. Four loads at a time, those past the end wasted.
+    __device__ __forceinline__ int32_t first_slot(int32_t slot, int32_t end, int32_t expert) const
+    {
+#pragma unroll 1
+        for (; slot < end; slot += 4) {
+            int32_t found = end;
+#pragma unroll
+            for (int i = 3; i >= 0; --i)
+                if (state.expert[min(slot + i, end - 1)] == expert) found = min(slot + i, end - 1);
+            if (found < end) return found;
+        }
+        return end;
+    }
+
+    // Four outputs of a token a thread, for each of its slots that goes to this expert. One warp, all others wait for it in
+    // the end: what does not need the sums is done before they are there.
+    __device__ __forceinline__ void write(const ring_position &from, int32_t expert,
                                           int32_t tile) const
     {
         const moe_gate_up_args &stage = args.stage;
-        const int32_t fours = stage.gated ? 2 : 4, topk = args.slots.topk;
-        for (int32_t item = threadIdx.x % 32; item < stage.num_tokens * fours; item += 32) {
-            int32_t token = item / fours, four = item % fours, slot = token * topk, s = 0;
-            while (s < topk && state.expert[slot + s] != expert)
-                ++s;
-            if (s == topk) continue;
-            float4 first = add_sums(from, token, four * 4), second = make_float4(1, 1, 1, 1);
-            if (stage.gated) second = add_sums(from, token, four * 4 + 8);
+        const int32_t topk = args.slots.topk, shift = stage.gated ? 1 : 2; // 2, 4 threads a token
+        const int32_t num_items = static_cast<int32_t>(stage.num_tokens) << shift;
+#pragma unroll 1
+        for (int32_t item = threadIdx.x % 32; item < num_items; item += 32) {
+            int32_t token = item >> shift, four = item - (token << shift);
+            int32_t slot = token * topk, end = slot + topk;
+            slot = first_slot(slot, end, expert);
+            if (slot == end) continue;
+            const int32_t others = first_slot(slot + 1, end, expert); // of the token, seldom any
+            int32_t out = ((tile << shift) + four) * 4; // intermediate_size is a multiple of 8
+            uint2 *to =
+                reinterpret_cast<uint2 *>(static_cast<typename T::element *>(stage.intermediate) +
+                                          slot * stage.intermediate_stride + out);
+            mbarrier_wait(shared_address(&state.summed[from.stage]), from.parity);
+            const sums_buffer &sum = sums[from.stage];
+            float4 first = add_sums(sum, token, four * 4), second = make_float4(1, 1, 1, 1);
+            if (stage.gated) second = add_sums(sum, token, four * 4 + 8);
+            if (out >= stage.intermediate_size) continue;
             if (stage.w13_order == MOE_ORDER_UP_GATE) {
                 float4 up = first;
                 first = second;
                 second = up;
             }
-            for (; s < topk; ++s) {
-                if (state.expert[slot + s] != expert) continue;
+            if (plain) { // the same as below, in a fraction of the instructions
+                *to = make_uint2(
+                    T::round2(swish(first.x, 1.0f) * second.x, swish(first.y, 1.0f) * second.y),
+                    T::round2(swish(first.z, 1.0f) * second.z, swish(first.w, 1.0f) * second.w));
+                slot = others; // which are made below
+            }
+#pragma unroll 1
+            for (; slot < end; ++slot) {
+                if (state.expert[slot] != expert) continue;
                 float g[4] = {first.x, first.y, first.z, first.w};
                 float u[4] = {second.x, second.y, second.z, second.w};
-                float weight = stage.topk_weights ? weight_of(slot + s, stage) : 1.0f;
-                write_outputs<T, true>(g, u, slot + s, tile * (4 * fours) + four * 4, weight,
-                                       expert, gate_up_rows<T>(expert, stage), stage);
+                float weight = stage.topk_weights ? weight_of(slot, stage) : 1.0f;
+                write_outputs<T, true>(g, u, slot, out, weight, expert,
+                                       gate_up_rows<T>(expert, stage), stage);
             }
         }
     }
@@ -211,10 +256,12 @@ struct gate_up_decode {
     {
         const int32_t warp = threadIdx.x / 32;
         ring_position from, to;
-        mbarrier_wait(shared_address(&state.panel[0]), 0);
+        mbarrier_wait(shared_address(&state.panel), 0);
+#pragma unroll 1
         for (; at.count > 0; next(at)) {
             uint32_t tiles = token_tiles(state.active[at.rank]);
             float acc[kTiles][2][4] = {};
+#pragma unroll 1
             for (int32_t chunk = warp; chunk < chunks + warp; chunk += kMathWarps) {
                 mbarrier_wait(shared_address(&state.landed[from.stage]), from.parity);
                 if (chunk < chunks)
@@ -244,11 +291,14 @@ struct gate_up_decode {
     __device__ __forceinline__ void write_all(items at) const
     {
         ring_position from;
+#pragma unroll 1
         for (; at.count > 0; next(at)) {
-            mbarrier_wait(shared_address(&state.summed[from.stage]), from.parity);
-            write(sums[from.stage], state.active[at.rank], at.tile);
+            write(from, state.active[at.rank], at.tile);
             __syncwarp();
-            if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state.written[from.stage]));
+            if (threadIdx.x % 32 == 0) {
+                mbarrier_wait(shared_address(&state.summed[from.stage]), from.parity);
+                mbarrier_arrive(shared_address(&state.written[from.stage]));
+            }
             from.next(2);
         }
     }
@@ -259,7 +309,6 @@ struct gate_up_decode {
         prefetch_slots(args.slots);
         __syncthreads();
         grid_dependency_wait();
-        grid_launch_dependents();
         load_panel();
         items mine = share(find_experts<kTiles>(state, args.slots));
         if (threadIdx.x < kMathThreads)
@@ -272,7 +321,7 @@ struct gate_up_decode {
 };
 
 #define MOE_KERNEL_sm90a_decode_gate_up(name, type, rows, cols, k, stages, wm, wn, wk)             \
-    extern "C" __global__ void __launch_bounds__(kThreads, 1)                                      \
+    extern "C" __global__ void __launch_bounds__(kThreads, rows > 8 ? 1 : 2)                       \
         name(const __grid_constant__ moe_gate_up_decode_args args,                                 \
              const __grid_constant__ tensor_map body, const __grid_constant__ tensor_map rest)     \
     {                                                                                              \

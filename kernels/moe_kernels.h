@@ -316,7 +316,7 @@ typedef struct moe_gate_up_decode_args {
     moe_gate_up_args stage;
     moe_slot_args slots;
     int32_t ring_stages;
-    int32_t reserved;
+    int32_t stages_left; /* still to be asked for by every thread block when down may start */
 } moe_gate_up_decode_args;
 
 /* down and combine at a few tokens: a thread block owns columns of out and adds up all slots. rows of `stage` is

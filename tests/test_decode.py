@@ -34,6 +34,13 @@ SIZES = [
     (16, 512, 256, 4, 2),  # two groups of eight tokens
     (13, 136, 328, 3, 3),
     (16, 1024, 64, 10, 32),
+    # I = 128: a stage of down brings several experts, and both kernels stand on an SM at a time
+    (1, 2048, 128, 16, 10),  # fewer stages than warps, two experts in each
+    (2, 2048, 128, 24, 10),  # the last stage is not full
+    (4, 2048, 128, 48, 10),  # more stages than the ring has
+    (8, 2048, 128, 64, 10),
+    (3, 512, 120, 12, 5),  # the same with a tail
+    (4, 256, 64, 20, 6),  # six experts in a stage
 ]
 
 
@@ -49,6 +56,13 @@ def test_these_layers_are_decoded():
         p = fusedmoe.plan(tokens, *sizes, device="cuda", num_sms=132)
         for stage in ("gate_up", "down"):
             assert p[stage]["name"].endswith("_sm90a_decode"), (tokens, sizes)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 4, 8])
+def test_small_rows_of_w2_put_both_kernels_on_an_sm(num_tokens):
+    """Else down's weights would not follow gate_up's without a gap; one KiB a block is the SM's."""
+    p = fusedmoe.plan(num_tokens, 2048, 128, 512, 10, device="cuda", num_sms=132)
+    assert sum(p[stage]["smem_bytes"] + 1024 for stage in ("gate_up", "down")) <= 228 * 1024
 
 
 @pytest.mark.small
@@ -81,6 +95,11 @@ def test_orders_and_biases(backend, seed, order, bias, routing):
         apply_router_weight_on_input=True,
     )  # fmt: skip
     check_layer(backend, layer)
+
+
+@pytest.mark.parametrize("routing", ["same", "dropped", "duplicates"])
+def test_routings_with_several_experts_in_a_stage(backend, seed, routing):
+    check_layer(backend, make_layer(seed, 3, 256, 128, 14, 6, routing=routing))
 
 
 @pytest.mark.parametrize("weights_dtype", [F32, BF16, F16], ids=str)
@@ -116,24 +135,25 @@ def test_bad_weights_touch_their_tokens_only(backend, seed):
     check_layer(backend, layer)
 
 
-def test_same_bits_every_time(backend, seed):
-    layer = make_layer(seed, 8, 520, 264, 16, 4)
+@pytest.mark.parametrize("sizes", [(8, 520, 264, 16, 4), (2, 2048, 128, 24, 10)], ids=str)
+def test_same_bits_every_time(backend, seed, sizes):
+    layer = make_layer(seed, *sizes)
     first = run_layer(backend, layer)
     assert all(same_bits(run_layer(backend, layer), first) for _ in range(100))
 
 
-@pytest.mark.parametrize("num_tokens", [1, 8, 16])
-def test_back_to_back_with_one_workspace(gpu, seed, num_tokens):
+@pytest.mark.parametrize("num_tokens, intermediate_size", [(1, 192), (8, 192), (16, 192), (2, 128)])
+def test_back_to_back_with_one_workspace(gpu, seed, num_tokens, intermediate_size):
     """Calls that share their scratch overlap (each kernel starts before the one in front of it has
     ended): none of 10,000 may read or write it too early. Every call has its own routing."""
     import torch
 
-    layers = [make_layer(seed + i, num_tokens, 512, 192, 16, 4) for i in range(20)]
+    layers = [make_layer(seed + i, num_tokens, 512, intermediate_size, 16, 4) for i in range(20)]
     tensors, _ = put_layer(gpu, layers[0])
     routings = [(gpu.put(layer.topk_weights), gpu.put(layer.topk_ids)) for layer in layers]
     shape = layers[0].hidden_states.shape
     outs = [gpu.empty(shape, BF16) for _ in layers]
-    size = fusedmoe.workspace_size(num_tokens, 512, 192, 16, 4, device="cuda")
+    size = fusedmoe.workspace_size(num_tokens, 512, intermediate_size, 16, 4, device="cuda")
     workspace = gpu.empty((size,), np.uint8)
 
     def run():

@@ -231,6 +231,12 @@ static CUresult load_kernel(const moe_driver *driver, CUlibrary library, const m
     if (code == CUDA_SUCCESS && smem_bytes > 48 * 1024)
         code = driver->cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                                             smem_bytes, kernel, state->handle);
+    /* An SM changes how it divides its memory between L1 and shared only when it is empty: kernels of few blocks an SM all
+     * ask for the same, so that the next in a chain of dependent launches can start beside the one before. */
+    if (code == CUDA_SUCCESS && 2 * smem_bytes > state->info.smem_per_sm)
+        code =
+            driver->cuKernelSetAttribute(CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
+                                         CU_SHAREDMEM_CARVEOUT_MAX_SHARED, kernel, state->handle);
     /* asking for the function loads the code now, so that no later launch has to do it inside a capture */
     if (code == CUDA_SUCCESS) code = driver->cuKernelGetFunction(function, kernel);
     /* griddepcontrol is there in code made from compute_90 on, not in the compute_80 PTX compiled for a newer GPU */
