@@ -316,7 +316,7 @@ static int64_t take(int64_t *total, bool used, int64_t bytes)
  * which two launches need, are longer. */
 static bool aligns_at_once(int32_t num_experts, int64_t num_slots)
 {
-    return num_slots <= (num_experts <= 256 ? 12288 : 20480);
+    return num_slots <= (num_experts <= 256 ? 16384 : 24576);
 }
 
 /* Thread blocks of align. */
@@ -324,7 +324,7 @@ static int32_t align_blocks(const moe_plan *plan, int64_t num_slots)
 {
     const int32_t num_experts = plan->problem.num_experts;
     if (plan->backend == MOE_CPU ||
-        (num_slots < MOE_ALIGN_ONE_SLOTS &&
+        (num_slots <= MOE_ALIGN_ONE_SLOTS &&
          MOE_ALIGN_SMEM_BYTES(num_experts, num_slots) + MOE_ALIGN_STATIC_BYTES <=
              plan->smem_per_block))
         return 1;

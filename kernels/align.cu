@@ -22,12 +22,12 @@ static constexpr int kThreads = MOE_ALIGN_THREADS;
 static_assert(kThreads >= kMaxExperts, "a thread for each expert");
 static_assert(kThreads >= MOE_ALIGN_ONE_SLOTS, "a thread for each slot of a block that is alone");
 
-// The slots of this block: a contiguous part, equal but for the last. How many, at most.
+// The slots of this block: a contiguous part, equal but for the last. How many, at most: a multiple of 4.
 static __device__ __forceinline__ int64_t block_slots(const moe_align_args &args, int64_t &begin,
                                                       int64_t &end)
 {
     int64_t num_slots = args.num_tokens * args.topk;
-    int64_t share = (num_slots + args.num_blocks - 1) / args.num_blocks;
+    int64_t share = (num_slots + 4 * args.num_blocks - 1) / (4 * args.num_blocks) * 4;
     begin = min(share * static_cast<int64_t>(blockIdx.x), num_slots);
     end = min(begin + share, num_slots);
     return share;
@@ -37,18 +37,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     moe_align_whole(const __grid_constant__ moe_align_args args)
 {
     extern __shared__ uint4 memory[];
+    __shared__ int16_t
+        expert_of[2 * MOE_ALIGN_SHARE_SLOTS]; // of the block's slots, where it is not alone
     int64_t begin, end;
     const int32_t share = static_cast<int32_t>(block_slots(args, begin, end));
     const int32_t first = static_cast<int32_t>(begin),
                   num_slots = static_cast<int32_t>(end) - first;
-    const bit_matrix matrix(memory, args.num_experts, share);
-    __shared__ int16_t
-        expert_of[2 * MOE_ALIGN_SHARE_SLOTS]; // of the block's slots, where it is not alone
-    // Slots of other blocks, of each expert: [0] in front of this block's, [1] behind
+    const int32_t num_experts = args.num_experts;
+    const bit_matrix matrix(memory, num_experts, share);
+    // Slots of other blocks, of each expert: in front of this block's, then behind.
     uint32_t *others = static_cast<uint32_t *>(matrix.spare);
-    const bool alone = gridDim.x == 1, has = threadIdx.x < args.num_experts;
+    const bool alone = gridDim.x == 1, has = threadIdx.x < num_experts;
     matrix.clear();
-    for (int32_t i = threadIdx.x; !alone && i < 2 * args.num_experts; i += blockDim.x)
+    for (int32_t i = threadIdx.x; !alone && i < 2 * num_experts; i += blockDim.x)
         others[i] = 0;
     __syncthreads();
     grid_dependency_wait();
@@ -59,22 +60,28 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         if (slot < num_slots) expert = local_expert(args, load_id(args, slot));
         if (expert >= 0) matrix.set(expert, slot);
     } else {
-        visit_slots(args, [&](int32_t any, int32_t to) {
+        // A share is a multiple of 4: of four slots all are the block's or none.
+        visit_slots(args, [&](int32_t any, const int32_t(&to)[4], int32_t n) {
             const int32_t at = any - first;
-            const bool own = at >= 0 && at < num_slots;
-            if (own) expert_of[at] = static_cast<int16_t>(to);
-            if (to < 0) return;
-            if (own)
-                matrix.set(to, at);
-            else
-                atomicAdd(others + (at < 0 ? 0 : args.num_experts) + to, 1);
+            uint32_t *count = others + (at < 0 ? 0 : num_experts);
+            if (at < 0 || at >= num_slots) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    if (to[j] >= 0) atomicAdd(count + to[j], 1);
+            } else {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    if (j < n) expert_of[at + j] = static_cast<int16_t>(to[j]);
+                    if (to[j] >= 0) matrix.set(to[j], at + j);
+                }
+            }
         });
     }
     __syncthreads();
     int32_t rows = matrix.count_rows();
     if (!alone) {
         if (has) before = others[threadIdx.x];
-        if (has) rows += before + others[args.num_experts + threadIdx.x];
+        if (has) rows += before + others[num_experts + threadIdx.x];
         if (slot < num_slots) expert = expert_of[slot];
     }
     place_experts(args, matrix, rows, before);

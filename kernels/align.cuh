@@ -99,16 +99,21 @@ static __device__ __forceinline__ int64_t load_id(const moe_align_args &args, in
                                      : static_cast<const int32_t *>(args.topk_ids)[at];
 }
 
-// visit(slot, expert) for all slots, in any order, by all threads of the block; expert is -1 where dropped.
+// visit(slot, experts, n) for all slots, four at a time, the last of them one at a time (n), in any order, by all threads
+// of the block; an expert is -1 where the slot is dropped.
 template <class Visit>
 static __device__ __forceinline__ void visit_slots(const moe_align_args &args, Visit visit)
 {
-    constexpr int kAhead = 4; // loads of a thread that are under way together
+    constexpr int kAhead = 2; // loads of a thread that are under way together
     const int32_t num_slots = static_cast<int32_t>(args.num_tokens * args.topk);
     const int4 *ids = static_cast<const int4 *>(args.topk_ids);
     const bool whole = args.ids_dtype == MOE_I32 && args.ids_stride == args.topk &&
                        reinterpret_cast<uintptr_t>(ids) % 16 == 0;
+    const bool plain = !args.expert_map && args.expert_start == 0; // the id is the expert
     const int32_t whole_end = whole ? num_slots / 4 * 4 : 0;
+    auto local = [&](int32_t id) {
+        return static_cast<uint32_t>(id) < static_cast<uint32_t>(args.num_experts) ? id : -1;
+    };
     for (int32_t first = 4 * threadIdx.x; first < whole_end; first += 4 * kAhead * blockDim.x) {
         int4 four[kAhead];
 #pragma unroll
@@ -120,14 +125,17 @@ static __device__ __forceinline__ void visit_slots(const moe_align_args &args, V
         for (int i = 0; i < kAhead; ++i) {
             int32_t slot = first + 4 * i * blockDim.x;
             if (slot >= whole_end) break;
-            visit(slot, local_expert(args, four[i].x));
-            visit(slot + 1, local_expert(args, four[i].y));
-            visit(slot + 2, local_expert(args, four[i].z));
-            visit(slot + 3, local_expert(args, four[i].w));
+            int32_t expert[4] = {four[i].x, four[i].y, four[i].z, four[i].w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                expert[j] = plain ? local(expert[j]) : local_expert(args, expert[j]);
+            visit(slot, expert, 4);
         }
     }
-    for (int32_t slot = whole_end + threadIdx.x; slot < num_slots; slot += blockDim.x)
-        visit(slot, local_expert(args, load_id(args, slot)));
+    for (int32_t slot = whole_end + threadIdx.x; slot < num_slots; slot += blockDim.x) {
+        int32_t expert[4] = {local_expert(args, load_id(args, slot)), -1, -1, -1};
+        visit(slot, expert, 1);
+    }
 }
 
 // A thread for each expert: the number of rows in front of its own, and of tiles; the sums. Two barriers around it

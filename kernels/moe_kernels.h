@@ -412,7 +412,7 @@ typedef struct moe_combine_args {
 #define MOE_ROUTE_ALIGN_SLOTS   256 /* at most, of route_align */
 #define MOE_ALIGN_THREADS       1024
 /* align in one launch: by one block, or by blocks of about so many slots, of which each counts the slots of all others */
-#define MOE_ALIGN_ONE_SLOTS    768
+#define MOE_ALIGN_ONE_SLOTS    384
 #define MOE_ALIGN_SHARE_SLOTS  128
 #define MOE_ALIGN_WHOLE_BLOCKS 128 /* at most */
 /* slots that a block of moe_align_place sorts at a time: at most 98 KB of shared memory */

@@ -3,7 +3,7 @@
  * Grid     one block of up to MOE_ROUTE_ALIGN_THREADS: a warp per token, a thread for each expert
  * Needs    a row of route_variants.def that says so; at most MOE_ROUTE_ALIGN_SLOTS slots, num_experts at most
  *          MOE_ROUTE_ALIGN_THREADS
- * Cost     what route and align take less one launch and one read of topk_ids: 0.2 to 0.4 us. From 8 or 16 tokens on one
+ * Cost     what route and align take less one launch and one read of topk_ids: 0.2 to 0.4 us. From 4 or 8 tokens on one
  *          SM routes longer than that, and a second launch is sooner done than a cluster of blocks */
 #include "align.cuh"
 #include "route.cuh"

@@ -286,7 +286,10 @@ int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device,
     (void)plan;
     if (!a.counts) {
         /* where there are many slots, many threads count them sooner than their barriers last */
-        const int64_t least = a.num_blocks == 1 ? num_slots : num_slots <= 8192 ? 512 : 1024;
+        const int64_t least = a.num_blocks == 1   ? num_slots
+                              : num_slots <= 1024 ? 256
+                              : num_slots <= 6144 ? 512
+                                                  : 1024;
         const geometry whole = {a.num_blocks, align_threads(least, a.num_experts),
                                 (int)MOE_ALIGN_SMEM_BYTES(a.num_experts, share), true};
         return launch(KERNEL_ALIGN_WHOLE, &whole, &a, device, stream, err);
