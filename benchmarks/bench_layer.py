@@ -3,6 +3,8 @@
     python benchmarks/bench_layer.py                    all points -> results/<gpu>_layer.json
     python benchmarks/bench_layer.py --case portable    the kernels that need no Hopper GPU
                                                         -> results/<gpu>_portable.json
+    python benchmarks/bench_layer.py --case skew        Zipf-1.0 routing, and all tokens to the same
+                                                        experts -> results/<gpu>_skew.json
     python benchmarks/bench_layer.py --quick            one model, four batch sizes
 
 Protocol and records: fusedmoe/bench.py. `--chip-stream-us` puts into the file what this very chip
@@ -20,7 +22,12 @@ from fusedmoe.backend import backend
 from fusedmoe.models import BF16_MODELS, TOKENS, add_arguments, chosen_points
 
 HERE = Path(__file__).resolve().parent
-FILES = {"uniform": "layer"}  # case -> file name, where they differ
+# --case -> (file, cases of fusedmoe/bench.py)
+CASES = {
+    "uniform": ("layer", ("uniform",)),
+    "portable": ("portable", ("portable",)),
+    "skew": ("skew", bench.SKEWED),
+}
 
 
 def main():
@@ -28,7 +35,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, BF16_MODELS, TOKENS)
-    parser.add_argument("--case", default="uniform", choices=("uniform", "portable"))
+    parser.add_argument("--case", default="uniform", choices=CASES)
     parser.add_argument("--device", type=int, default=0, help="index of the GPU")
     parser.add_argument("--json", type=Path, help="record file; default by GPU and case")
     parser.add_argument("--chip-stream-us", type=float)
@@ -38,18 +45,16 @@ def main():
     gpu = backend("cuda", args.device)
     models, tokens = chosen_points(args)
     head = bench.header(gpu, HERE.parent, args.commit, args.chip_stream_us)
-    path = (
-        args.json
-        or HERE / "results" / f"{slug(head['gpu'])}_{FILES.get(args.case, args.case)}.json"
-    )
+    name, cases = CASES[args.case]
+    path = args.json or HERE / "results" / f"{slug(head['gpu'])}_{name}.json"
     print(f"{gpu.text}, driver {head['driver']}, CUDA {head['cuda']}, commit {head['commit']}")
     begin = time.perf_counter()
 
     def save(records):
         bench.write_records(path, head, records)
 
-    bench.run(gpu, models, tokens, args.dtype, args.case, save)
-    count = len(models) * len(tokens)
+    bench.run(gpu, models, tokens, args.dtype, cases, save)
+    count = len(models) * len(tokens) * len(cases)
     print(f"\n{count} points in {time.perf_counter() - begin:.0f} s -> {path.name}")
 
 

@@ -1,10 +1,10 @@
-"""Writes the tables of README.md and docs/routing.md from the records, between the markers that
-name them.
+"""Writes the tables of README.md and docs/ from the records, between the markers that name them.
 
-    python benchmarks/make_tables.py            rewrites both
+    python benchmarks/make_tables.py            rewrites them
     python benchmarks/make_tables.py --check    exit 1 where one is not what the records give
 
-The records are those of benchmarks/results, and docs/compatibility.json for the doors.
+The records are those of benchmarks/results, and docs/compatibility.json for the doors; which
+kernels a feature runs on is asked of the plan of the fusedmoe that is installed.
 
 A marker is a line `<!-- table: NAME -->`; its table ends at `<!-- end of table -->`.
 """
@@ -16,15 +16,28 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-DOCUMENTS = [HERE.parent / "README.md", HERE.parent / "docs" / "routing.md"]
+DOCUMENTS = [HERE.parent / name for name in ("README.md", "docs/routing.md", "docs/design.md")]
 KERNELS, TESTS = HERE.parent / "kernels", HERE.parent / "tests"
 RESULTS = HERE / "results"
 SHOWN_TOKENS = (1, 8, 64, 512, 4096, 16384)
 
 
+def layer():
+    """Latency of the layer on a Hopper GPU, as measured last, one row per model."""
+    found = [load(path.name, is_uniform) for path in RESULTS.glob("h?00*_layer.json")]
+    return latency(*max(found, key=lambda each: each[0]["date"], default=({}, [])))
+
+
+def is_uniform(record):
+    return record["case"] == "uniform" and record["dtype"] == "bf16"
+
+
 def portable():
-    """Latency of the portable kernels on the H200, one row per model."""
-    document, records = load("h200_portable.json", lambda r: r["case"] == "portable")
+    """Latency of the portable kernels on the H200."""
+    return latency(*load("h200_portable.json", lambda r: r["case"] == "portable"))
+
+
+def latency(document, records):
     models = list(dict.fromkeys(record["model"] for record in records))
     us = {(record["model"], record["num_tokens"]): record["us"] for record in records}
     rows = [["µs per layer at num_tokens ="] + [str(n) for n in SHOWN_TOKENS]]
@@ -89,6 +102,47 @@ def doors():
             what += f" ([{of_transformers()}](docs/transformers.md))"
         rows.append([link, what, door["tested"], proof, door["gpu"] or "-"])
     return markdown(rows, left=True)
+
+
+# What a layer is asked for -> what changes its plan; qwen3_30b otherwise.
+FEATURES = {
+    "silu, gated": {},
+    "the other activations, biases, `apply_router_weight_on_input`, `routed_scaling_factor`, "
+    "`shared_output`, `expert_map`, `expert_start`, ids of -1, padded strides, any `w13_order`": {},
+    "`gated=False`": {"gated": False},
+    "`no_combine`": {"no_combine": "weighted"},
+    "float16": {"dtype": "float16"},
+    "rows that are not 16-byte aligned (odd sizes, addresses, strides)": {"vector_bytes": 2},
+    "`fused_moe`: the same after routing": {"routed": True},
+    "a GPU that is not Hopper": None,
+}
+FAMILIES = {"_decode": "decode", "_mid": "middle", "_sm90a": "prefill", "_any": "portable, any"}
+
+
+def plan_features():
+    """Which kernels a feature runs on, from the plan."""
+    import fusedmoe
+
+    tokens = (1, 16, 64, 512, 4096)
+    rows = [["at num_tokens =", *map(str, tokens)]]
+    for feature, changes in FEATURES.items():
+        cells = ["portable"] * len(tokens)
+        if changes is not None:
+            plans = [
+                fusedmoe.plan(n, 2048, 768, 128, 8, num_sms=132, device="cuda", **changes)
+                for n in tokens
+            ]
+            cells = [" + ".join(dict.fromkeys(map(family, stages(plan)))) for plan in plans]
+        rows.append([feature, *cells])
+    return markdown(rows, left=True)
+
+
+def stages(plan):
+    return [plan[stage]["name"] for stage in ("gate_up", "down")]
+
+
+def family(name):
+    return next((text for end, text in FAMILIES.items() if name.endswith(end)), "portable")
 
 
 # Methods of docs/routing.md: who uses them, and what else is worth knowing.
@@ -165,6 +219,8 @@ def routing_test(method):
 
 
 TABLES = {
+    "layer": layer,
+    "plan_features": plan_features,
     "portable": portable,
     "cpu": cpu,
     "host": host,

@@ -78,6 +78,7 @@ struct gemm_wgmma {
 
     struct work {
         int32_t expert, row_begin, num_rows, col_begin; // num_rows < 0: past the end of the list
+        bool alone; // the only tile of its expert: no other block reads these weights
     };
 
     // The list as items: all column tiles of kRaster entries, then of the next kRaster entries.
@@ -97,16 +98,18 @@ struct gemm_wgmma {
         __device__ __forceinline__ work find(uint32_t item) const
         {
             uint32_t group = item / (kRaster * col_tiles);
-            if (group * kRaster >= num_tiles) return {0, 0, -1, 0};
+            if (group * kRaster >= num_tiles) return {0, 0, -1, 0, false};
             uint32_t in_group = item - group * (kRaster * col_tiles);
             uint32_t group_tiles = min(kRaster, num_tiles - group * kRaster);
             uint32_t col = in_group / group_tiles;
-            if (col >= col_tiles) return {0, 0, -1, 0}; // the last group is smaller
+            if (col >= col_tiles) return {0, 0, -1, 0, false}; // the last group is smaller
             uint32_t tile = group * kRaster + in_group - col * group_tiles;
             int4 found = __ldcg(reinterpret_cast<const int4 *>(tiles + tile));
+            int32_t before = tile > 0 ? __ldcg(&tiles[tile - 1].expert) : -1;
             int32_t rows =
                 static_cast<int32_t>(min(static_cast<int64_t>(found.z), num_slots - found.y));
-            return {found.x, found.y, max(rows, 0), static_cast<int32_t>(col * kCols)};
+            return {found.x, found.y, max(rows, 0), static_cast<int32_t>(col * kCols),
+                    before != found.x && found.z < kRows}; // full: there may be another behind it
         }
     };
 
@@ -134,8 +137,11 @@ struct gemm_wgmma {
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
             int2 at = problem.box(work.col_begin, part, kBoxRows);
-            tensor_copy_4d(to + part * (kWeightBytes / 2), problem.weights, k, at.x, at.y,
-                           work.expert, landed);
+            uint32_t half = to + part * (kWeightBytes / 2);
+            if (kGather && work.alone) // gathered rows are asked for again: they stay longer
+                tensor_copy_4d_once(half, problem.weights, k, at.x, at.y, work.expert, landed);
+            else
+                tensor_copy_4d(half, problem.weights, k, at.x, at.y, work.expert, landed);
         }
     }
 

@@ -70,6 +70,19 @@ __device__ __forceinline__ void tensor_copy_4d(uint32_t shared, const tensor_map
                  :: "r"(shared), "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(bar) : "memory");
 }
 
+// The same, of what nobody will ask for again ("cache eviction priority hints": evict_first): it makes room in L2 first.
+__device__ __forceinline__ void tensor_copy_4d_once(uint32_t shared, const tensor_map *map, int32_t x, int32_t y, int32_t z,
+                                                    int32_t w, uint32_t bar)
+{
+    asm volatile("{\n"
+                 ".reg .b64 once;\n"
+                 "createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+                 "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6], once;\n"
+                 "}"
+                 :: "r"(shared), "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(bar) : "memory");
+}
+
 // The same with five: the box at (x, y, z, w, v).
 __device__ __forceinline__ void tensor_copy_5d(uint32_t shared, const tensor_map *map, int32_t x, int32_t y, int32_t z, int32_t w,
                                                int32_t v, uint32_t bar)

@@ -373,7 +373,78 @@ def check_layer(backend, layer, **replaced):
     return got
 
 
+def rms_of_unfused(backend, layer):
+    """Relative RMS error of the layer's result, as a share of what unfused kernels would have."""
+    got, (want, _) = run_layer(backend, layer), layer.expected()
+    off = np.sqrt(((got.astype(np.float64) - want) ** 2).sum() / (want**2).sum())
+    return off / reference.unfused_rms(*layer.tensors().values())
+
+
 def same_bits(a, b):
     """Bitwise equality, NaN included."""
     a, b = np.ascontiguousarray(a), np.ascontiguousarray(b)
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+# -------------------------------------------------------------------------------------------------
+# Routing
+# -------------------------------------------------------------------------------------------------
+
+# f32 units in the last place of a score, and of one key against the oracle's.
+SCORE_ULP = 8
+
+
+def assert_choice(logits, num_experts, topk, method, fields, ids):
+    """Each slot holds the largest key that is left, to the rounding of a key; ties exactly."""
+    row = reference.METHODS[method]
+    x, score = reference.route_scores(
+        logits[:, :num_experts], method, fields.get("correction_bias"), fields.get("softcap")
+    )
+    if row.ids != "largest":
+        want = reference.route_choice(
+            None, x.shape, topk, method, None, None, fields.get("tid2eid"), fields.get("token_ids")
+        )
+        assert (ids[:, :topk] == want).all()
+        return
+    key = reference.route_keys(x, score, method, fields.get("correction_bias"))
+    terms = num_experts + 2 * np.ptp(x) if row.score == "softmax" else 0
+    made = 1 if row.key == "score" else 0
+    unit = 2.0**-24
+    tolerance = unit * (
+        made * (SCORE_ULP + terms) * np.abs(score)
+        + (np.abs(key) if row.bias != "none" else 0)
+        + (SCORE_ULP * np.abs(x) if fields.get("softcap") else 0)
+    ).max(axis=-1)
+    for t in range(len(key)):
+        left = dict(enumerate(key[t]))
+        if row.groups == "quota":
+            per_group = num_experts // fields["num_groups"]
+            counts = np.bincount(ids[t, :topk] // per_group, minlength=fields["num_groups"])
+            assert (counts == topk // fields["num_groups"]).all()
+            for g in range(fields["num_groups"]):
+                mine = [e for e in ids[t, :topk] if e // per_group == g]
+                rest = [key[t, e] for e in range(num_experts) if e // per_group == g]
+                rest = sorted(rest)[::-1][: len(mine)]
+                assert np.allclose(sorted(key[t, mine])[::-1], rest, rtol=0, atol=tolerance[t])
+            continue
+        if row.groups != "none":
+            groups = key[t].reshape(fields["num_groups"], -1)
+            two = np.sort(groups, axis=-1)[:, -2:]
+            order = np.sort(two.sum(axis=-1) if row.groups == "top2" else two[:, -1])
+            gap = order[-fields["topk_groups"]] - order[-fields["topk_groups"] - 1]
+            if gap <= 4 * tolerance[t]:
+                continue
+            want = reference.route_choice(
+                key[t : t + 1],
+                (1, num_experts),
+                num_experts // fields["num_groups"] * fields["topk_groups"],
+                method,
+                fields["num_groups"],
+                fields["topk_groups"],
+            )
+            left = {int(e): key[t, e] for e in want[0]}
+        for e in ids[t, :topk]:
+            best = max(left.values())
+            assert e in left, f"token {t}: {e} twice or not allowed, {ids[t]}"
+            assert left[e] >= best - 2 * tolerance[t], f"token {t}: {ids[t]}"
+            del left[e]

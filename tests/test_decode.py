@@ -5,7 +5,18 @@ import fusedmoe
 import numpy as np
 import pytest
 from fusedmoe import reference
-from support import BF16, F16, F32, check_layer, make_layer, padded, put_layer, run_layer, same_bits
+from support import (
+    BF16,
+    F16,
+    F32,
+    check_layer,
+    make_layer,
+    padded,
+    put_layer,
+    rms_of_unfused,
+    run_layer,
+    same_bits,
+)
 from test_gate_up import ALL_ACTIVATIONS
 
 SIZES = [
@@ -151,3 +162,14 @@ def test_back_to_back_with_one_workspace(gpu, seed, num_tokens):
         want, error = layer.expected()
         report = reference.compare(gpu.get(out), want, error)
         assert report.ok, report.message
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 2, 8])
+def test_rounds_twice(gpu, seed, dtype, num_tokens):
+    """Where rows of down are never stored: two roundings, unfused kernels have five."""
+    layer = make_layer(seed, num_tokens, 2048, 256, 8, 4, dtype)
+    plan = fusedmoe.plan(num_tokens, *layer.sizes[1:], dtype=str(dtype), device="cuda")
+    decoded = plan["down"]["name"].endswith("_decode")
+    assert rms_of_unfused(gpu, layer) <= (0.7 if decoded else 0.8)

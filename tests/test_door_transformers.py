@@ -134,6 +134,8 @@ def gpt_oss():
 def test_on_the_gpu(folder, name, dtype):
     if no_gpu():
         pytest.skip(no_gpu())
+    if not (moe_models.ROOT / folder).is_dir():
+        pytest.skip(f"transformers {transformers.__version__} has no {folder}")
     model = moe_models.make(folder, name)
     door.convert_experts(model)
     moe_models.check(model, dtype, "cuda")

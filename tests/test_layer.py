@@ -21,6 +21,7 @@ from support import (
     make_layer,
     padded,
     put_layer,
+    rms_of_unfused,
     run_layer,
     same_bits,
     workspace_bytes,
@@ -826,3 +827,9 @@ def test_integers_with_an_explicit_dtype(cpu, seed, integer, dtype):
 def test_bfloat16_is_the_ml_dtypes_one(cpu, seed):
     layer = make_layer(seed, 3, 32, 16, 2, 2)
     assert fused_experts(**layer.tensors()).dtype == np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("num_tokens", [20, 100, 1000])
+def test_rounds_less_than_unfused_kernels(backend, seed, dtype, num_tokens):
+    assert rms_of_unfused(backend, make_layer(seed, num_tokens, 512, 256, 8, 4, dtype)) <= 0.8

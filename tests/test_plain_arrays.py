@@ -10,7 +10,7 @@ from fusedmoe import Experts, Routing, fused_experts, fused_moe
 from fusedmoe.frameworks import cuda_core, versions
 from fusedmoe.frameworks import cupy as cupy_door
 from fusedmoe.frameworks import numpy as numpy_door
-from support import BF16, F16, F32, assert_close, have, make_layer, run_layer, same_bits
+from support import BF16, F16, F32, Layer, assert_close, have, make_layer, run_layer, same_bits
 
 
 def need(module):
@@ -141,8 +141,13 @@ def test_cupy_every_function(cupy, layer, rng):
     whole = fused_moe(x, w13, w2, logits, routing=Routing(2))
     assert all(isinstance(a, cupy.ndarray) for a in (weights, ids, offsets, rows, out, whole))
     experts = Experts(w13, w2, max_tokens=9)(x, weights, ids)
-    for array in (whole, experts):
-        assert same_bits(cupy.asnumpy(out), cupy.asnumpy(array))
+    # The layer may run by kernels with a rounding less than the stages alone.
+    assert same_bits(cupy.asnumpy(whole), cupy.asnumpy(experts))
+    given = [cupy.asnumpy(a) for a in (weights, ids)]
+    tensors = [layer.hidden_states, layer.w13, layer.w2, *given]
+    want, error = Layer(layer.seed, *tensors).expected()
+    for array in (out, whole):
+        assert_close(cupy.asnumpy(array), want, error)
 
 
 @pytest.mark.gpu

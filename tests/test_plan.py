@@ -154,11 +154,11 @@ def test_prefill_runs_on_wgmma():
 
 @pytest.mark.parametrize(
     "num_tokens, sizes",
-    [(4, (2048, 512, 256, 8)), (8, (4096, 1792, 8, 2)), (128, (4096, 1792, 8, 2))],
+    [(4, (2048, 512, 256, 8)), (8, (4096, 1792, 8, 2)), (64, (4096, 1792, 8, 2))],
     ids=str,
 )
 def test_wgmma_is_not_chosen_for_a_few_rows_an_expert(num_tokens, sizes):
-    """The cost model did, at 4 tokens of qwen35_35b and 8 to 128 of mixtral_tp8, which took 1.08 to
+    """The cost model did, at 4 tokens of qwen35_35b and 8 to 64 of mixtral_tp8, which took 1.08 to
     1.19 times as long as the portable kernels on an H200."""
     p = plan(num_tokens, *sizes)
     assert not p["gate_up"]["name"].endswith("sm90a") and not p["down"]["name"].endswith("sm90a")

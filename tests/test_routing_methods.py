@@ -5,14 +5,22 @@ import numpy as np
 import pytest
 from fusedmoe import Routing, fused_experts, fused_moe, reference
 from fusedmoe.routing import METHODS
-from support import BF16, F16, F32, Guarded, make_layer, padded, put_layer, same_bits
+from support import (
+    BF16,
+    F16,
+    F32,
+    Guarded,
+    assert_choice,
+    make_layer,
+    padded,
+    put_layer,
+    same_bits,
+)
 
 # Fields that a method needs, with the names of reference.route.
 GROUPED = [name for name, row in METHODS.items() if row.groups != "none"]
 RANDOM = ("simulated_uniform", "simulated_zipf")
 SCORED = [name for name in METHODS if name not in RANDOM]
-# f32 units in the last place of a score, and of one key against the oracle's.
-SCORE_ULP = 8
 
 
 def fields_of(method, rng, num_tokens, num_experts, topk, bias=0.5):
@@ -64,62 +72,6 @@ def draw(rng, num_tokens, num_experts, fields, dtype=F32, spread=2.0):
     gates = fields.get("shared_weight") in ("gate", "sink")
     columns = num_experts + (fields["num_fused_shared_experts"] if gates else 0)
     return (rng.standard_normal((num_tokens, columns)) * spread).astype(dtype)
-
-
-def assert_choice(logits, num_experts, topk, method, fields, ids):
-    """Each slot holds the largest key that is left, to the rounding of a key; ties exactly."""
-    row = METHODS[method]
-    x, score = reference.route_scores(
-        logits[:, :num_experts], method, fields.get("correction_bias"), fields.get("softcap")
-    )
-    if row.ids != "largest":
-        want = reference.route_choice(
-            None, x.shape, topk, method, None, None, fields.get("tid2eid"), fields.get("token_ids")
-        )
-        assert (ids[:, :topk] == want).all()
-        return
-    key = reference.route_keys(x, score, method, fields.get("correction_bias"))
-    terms = num_experts + 2 * np.ptp(x) if row.score == "softmax" else 0
-    made = 1 if row.key == "score" else 0
-    unit = 2.0**-24
-    tolerance = unit * (
-        made * (SCORE_ULP + terms) * np.abs(score)
-        + (np.abs(key) if row.bias != "none" else 0)
-        + (SCORE_ULP * np.abs(x) if fields.get("softcap") else 0)
-    ).max(axis=-1)
-    for t in range(len(key)):
-        left = dict(enumerate(key[t]))
-        if row.groups == "quota":
-            per_group = num_experts // fields["num_groups"]
-            counts = np.bincount(ids[t, :topk] // per_group, minlength=fields["num_groups"])
-            assert (counts == topk // fields["num_groups"]).all()
-            for g in range(fields["num_groups"]):
-                mine = [e for e in ids[t, :topk] if e // per_group == g]
-                rest = [key[t, e] for e in range(num_experts) if e // per_group == g]
-                rest = sorted(rest)[::-1][: len(mine)]
-                assert np.allclose(sorted(key[t, mine])[::-1], rest, rtol=0, atol=tolerance[t])
-            continue
-        if row.groups != "none":
-            groups = key[t].reshape(fields["num_groups"], -1)
-            two = np.sort(groups, axis=-1)[:, -2:]
-            order = np.sort(two.sum(axis=-1) if row.groups == "top2" else two[:, -1])
-            gap = order[-fields["topk_groups"]] - order[-fields["topk_groups"] - 1]
-            if gap <= 4 * tolerance[t]:
-                continue
-            want = reference.route_choice(
-                key[t : t + 1],
-                (1, num_experts),
-                num_experts // fields["num_groups"] * fields["topk_groups"],
-                method,
-                fields["num_groups"],
-                fields["topk_groups"],
-            )
-            left = {int(e): key[t, e] for e in want[0]}
-        for e in ids[t, :topk]:
-            best = max(left.values())
-            assert e in left, f"token {t}: {e} twice or not allowed, {ids[t]}"
-            assert left[e] >= best - 2 * tolerance[t], f"token {t}: {ids[t]}"
-            del left[e]
 
 
 def assert_weights(logits, num_experts, topk, method, fields, weights, ids, plain_ids=None):

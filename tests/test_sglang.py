@@ -26,7 +26,17 @@ import package_checks
 import pytest
 from fusedmoe import reference
 from fusedmoe.frameworks import sglang as door
-from support import BF16, F16, F32, TorchBackend, assert_close, have, make_layer, no_gpu
+from support import (
+    BF16,
+    F16,
+    F32,
+    TorchBackend,
+    assert_choice,
+    assert_close,
+    have,
+    make_layer,
+    no_gpu,
+)
 
 pytestmark = pytest.mark.skipif(not have("torch"), reason="torch is not installed")
 
@@ -294,7 +304,14 @@ def assert_routed(backend, got, logits, topk, **oracle):
     want_weights, want_ids = reference.route(np.asarray(logits), topk, **oracle)
     weights, ids = (backend.get(tensor) for tensor in got)
     assert weights.dtype == np.float32 and ids.dtype == np.int32
-    np.testing.assert_array_equal(ids, want_ids)
+    near = np.flatnonzero((ids != want_ids).any(axis=-1))
+    if len(near):  # a million random keys: some are the same to the rounding of float32
+        assert len(near) < 2 + len(ids) / 1000
+        method = oracle["method"]
+        assert_choice(logits[near], logits.shape[1], topk, method, oracle, ids[near])
+        chosen = dict(oracle, topk_ids=ids[:, :topk])
+        want_weights, want_ids = reference.route(np.asarray(logits), topk, **chosen)
+        np.testing.assert_array_equal(ids, want_ids)
     # float32 sums over at most E terms, exp to a few units.
     bound = 2.0**-24 * (logits.shape[1] + 64)
     np.testing.assert_allclose(weights, want_weights, rtol=bound, atol=2.0**-126)

@@ -165,6 +165,8 @@ def test_instruction_sets(isa):
     """Every level up to what this machine has; a higher one falls back to it."""
     code = """
 import itertools
+import numpy as np
+from fusedmoe import Routing, reference, route
 from support import BF16, F16, F32, NumpyBackend, check_layer, make_layer
 cpu = NumpyBackend()
 for dtype, shape, order in itertools.product(
@@ -175,6 +177,17 @@ for dtype, shape, order in itertools.product(
     check_layer(cpu, make_layer(9, *shape, dtype, w13_bias=F32, w13_order=order))
 for activation in ("gelu", "gelu_tanh", "relu2", "swiglu_oai", "situ"):
     check_layer(cpu, make_layer(9, 20, 72, 40, 4, 2, F32, activation=activation))
+for dtype, method, (num_experts, topk) in itertools.product(
+    (BF16, F16, F32),
+    ("softmax_topk", "topk_softmax"),
+    [(1, 1), (8, 2), (60, 4), (128, 8), (513, 10), (1000, 24)],
+):
+    logits = np.random.default_rng(9).standard_normal((7, num_experts)).astype(dtype)
+    weights, ids = route(logits, Routing(topk, method))
+    want_weights, want_ids = reference.route(logits, topk, method=method)
+    assert (ids == want_ids).all()
+    # a unit for each addition of the softmax, a few for exp, as in test_route
+    assert (abs(weights - want_weights) <= 2.0**-24 * (num_experts + 64) * want_weights).all()
 print("fine")
 """
     assert run_python(code, FUSEDMOE_CPU_ISA=isa) == "fine\n"

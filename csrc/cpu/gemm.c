@@ -27,7 +27,7 @@ enum {
     PACKED_BYTES = 512 * 1024, /* aim for one item's packed token rows: half of a common L2 */
     ITEM_BYTES = 1024 * 1024,  /* aim for one item's weights */
     MIN_COLS = MOE_VECTOR_FLOATS,
-    ITEMS_PER_THREAD = 8,        /* at least, where MIN_COLS allows: evens out the end of a stage */
+    ITEMS_PER_THREAD = 16,       /* at least, where MIN_COLS allows: evens out the end of a stage */
     SHARES = 4,                  /* a share is this part of what is left for each thread */
     LOOKAHEAD_BYTES = 16 * 1024, /* from fetching a weight to using it, for more than one group */
     SMALL_WORK = 256 * 1024      /* weight bytes + products / 8 not worth waking a thread for */
@@ -48,6 +48,7 @@ typedef struct gemm_run {
     int32_t chunk_rows;         /* largest */
     int32_t lookahead;          /* tiles, for more than one group */
     int32_t threads;
+    bool in_turn;      /* moe_rows_in_turn */
     int64_t row_bytes; /* of one packed token row */
     int64_t c_stride, widened_floats;
     char *scratch;
@@ -187,7 +188,7 @@ static void multiply_item(const gemm_run *run, const gemm_item *item, const gemm
     const int all_tiles = tiles * gemm->num_parts;
     const int lookahead = groups > 1 ? run->lookahead : 1;
     const bool widen = simd->widen && gemm->dtype != MOE_F32 && groups > 1;
-    moe_dot dot = {.c_stride = run->c_stride};
+    moe_dot dot = {.c_stride = run->c_stride, .in_turn = run->in_turn};
 
     for (int t = 0; t < all_tiles; ++t) {
         const int part = t / tiles;
@@ -282,7 +283,7 @@ int moe_grouped_gemm(const moe_gemm *gemm, moe_error *err)
     const moe_simd *simd = gemm->simd;
     const int64_t bytes = element_bytes(gemm->dtype);
     int threads = moe_num_threads();
-    gemm_run run = {.gemm = gemm};
+    gemm_run run = {.gemm = gemm, .in_turn = moe_rows_in_turn()};
     run.row_bytes =
         round_up(gemm->k, simd->step[gemm->dtype]) * simd->packed_element_bytes[gemm->dtype];
 

@@ -17,7 +17,7 @@
 
 enum {
     BLOCK_TOKENS = 16,
-    SMALL_LOGITS = 8 * 1024 /* logits that do not pay for waking a thread */
+    LOGITS_PER_THREAD = 64 * 1024 /* 60 to 100 us of softmax, which pay for waking a thread */
 };
 
 typedef struct route_run {
@@ -26,89 +26,42 @@ typedef struct route_run {
     atomic_llong next;
 } route_run;
 
-/* A row of logits as f32; a loop for each dtype, which the compiler turns into vectors. Returns whether there is a NaN. */
-static bool load_logits(const moe_route_args *args, int64_t token, float *logits)
+static inline const void *logits_of(const moe_route_args *args, int64_t token)
 {
-    const int32_t num_experts = args->num_experts;
-    const char *row = (const char *)args->router_logits +
-                      token * args->logits_stride * moe_dtype_bytes(args->logits_dtype);
-    if (args->logits_dtype == MOE_F32) {
-        memcpy(logits, row, (size_t)num_experts * sizeof *logits);
-    } else {
-        uint16_t bits[MOE_MAX_EXPERTS];
-        memcpy(bits, row, (size_t)num_experts * sizeof *bits);
-        for (int32_t e = 0; args->logits_dtype == MOE_BF16 && e < num_experts; ++e)
-            logits[e] = bf16_to_f32(bits[e]);
-        for (int32_t e = 0; args->logits_dtype == MOE_F16 && e < num_experts; ++e)
-            logits[e] = f16_to_f32(bits[e]);
-    }
-    int32_t nan = 0;
-    for (int32_t e = 0; e < num_experts; ++e)
-        nan |= logits[e] != logits[e];
-    return nan;
+    return (const char *)args->router_logits +
+           token * args->logits_stride * moe_dtype_bytes(args->logits_dtype);
 }
 
-/* The topk largest of logits, best first, by insertion: a later equal value stays behind. NaN, of which there is one
- * only where `nan` says so, fills what the numbers leave. */
-static void select_experts(const float *logits, int32_t num_experts, int32_t topk, bool nan,
-                           int32_t *ids)
-{
-    float value[MOE_MAX_TOPK];
-    int32_t count = 0, e = 0;
-    for (; e < num_experts; ++e) {
-        const float x = logits[e];
-        if (count == topk) {
-            const float least = value[topk - 1];
-            while (e < num_experts && !(logits[e] > least)) /* nearly all of them, NaN too */
-                ++e;
-            if (e == num_experts) break;
-        } else if (nan && isnan(x)) {
-            continue;
-        }
-        int32_t at = count < topk ? count++ : topk - 1;
-        for (; at > 0 && logits[e] > value[at - 1]; --at) {
-            value[at] = value[at - 1];
-            ids[at] = ids[at - 1];
-        }
-        value[at] = logits[e];
-        ids[at] = e;
-    }
-    for (e = 0; count < topk; ++e)
-        if (isnan(logits[e])) ids[count++] = e;
-}
-
+/* softmax alone. */
 static void route_token(const route_run *run, int64_t token)
 {
     const moe_route_args *args = run->args;
     const int32_t num_experts = args->num_experts, topk = args->topk;
-    float logits[MOE_MAX_EXPERTS + MOE_VECTOR_FLOATS], chosen[MOE_MAX_TOPK + MOE_VECTOR_FLOATS];
+    float logits[MOE_MAX_EXPERTS], chosen[MOE_MAX_TOPK];
+    uint32_t key[MOE_MAX_EXPERTS];
     int32_t ids[MOE_MAX_TOPK];
-    const bool nan = load_logits(args, token, logits);
-    select_experts(logits, num_experts, topk, nan, ids);
+    const bool nan = run->simd->load_logits(logits, key, logits_of(args, token), num_experts,
+                                            args->logits_dtype);
+    run->simd->select_largest(key, num_experts, topk, ids); /* no key is 0 */
 
     const float maximum = logits[ids[0]];
+    const bool bad = nan || !route_is_finite(maximum); /* no softmax */
     for (int32_t s = 0; s < topk; ++s)
         chosen[s] = logits[ids[s]];
-    run->simd->exp_minus(chosen, maximum, topk);
-    double sum = 0;
-    if (!args->renormalize) {
-        run->simd->exp_minus(logits, maximum, num_experts);
-        for (int32_t e = 0; e < num_experts; ++e)
-            sum += (double)logits[e];
-    } else {
-        for (int32_t s = 0; s < topk; ++s)
-            sum += (double)chosen[s];
-    }
+    double sum = run->simd->exp_sum(chosen, maximum, topk);
+    if (!args->renormalize) sum = run->simd->exp_sum(logits, maximum, num_experts);
 
+    const double factor = (double)args->scale / sum;
     float *weights = (float *)args->topk_weights + token * args->weights_stride;
-    for (int32_t s = 0; s < topk; ++s) {
-        weights[s] =
-            nan ? 0.0f : route_finite((float)((double)chosen[s] / sum * (double)args->scale));
-        const int64_t at = token * args->ids_stride + s;
-        if (args->ids_dtype == MOE_I64)
-            ((int64_t *)args->topk_ids)[at] = ids[s];
-        else
-            ((int32_t *)args->topk_ids)[at] = ids[s];
+    for (int32_t s = 0; s < topk; ++s)
+        weights[s] = bad ? 0.0f : route_finite((float)((double)chosen[s] * factor));
+    if (args->ids_dtype == MOE_I64) {
+        int64_t *to = (int64_t *)args->topk_ids + token * args->ids_stride;
+        for (int32_t s = 0; s < topk; ++s)
+            to[s] = ids[s];
+    } else {
+        memcpy((int32_t *)args->topk_ids + token * args->ids_stride, ids,
+               (size_t)topk * sizeof *ids);
     }
 }
 
@@ -168,49 +121,82 @@ GENERAL float softmax_term(const route_row *row, float x)
     return route_term(x, row->maximum);
 }
 
-GENERAL void load_row(const moe_route_args *args, int64_t token, route_row *row)
+/* The logits and their order, which is the key of some methods. The loops over experts here and in make_keys
+ * decide nothing inside, so that the compiler makes vectors of them. */
+GENERAL void load_row(const route_run *run, int64_t token, route_row *row)
 {
+    const moe_route_args *args = run->args;
+    const int32_t num_experts = args->num_experts;
+    run->simd->load_logits(row->x, row->key, logits_of(args, token), num_experts,
+                           args->logits_dtype);
+    if (args->softcap > 0 || args->bias == MOE_BIAS_LOGIT)
+        for (int32_t e = 0; e < num_experts; ++e) {
+            float x = route_softcap(row->x[e], args->softcap);
+            if (args->bias == MOE_BIAS_LOGIT)
+                x += load_element(args->correction_bias, e, args->bias_dtype);
+            row->x[e] = x;
+            row->key[e] = route_order(x);
+        }
     uint32_t largest = 0;
-    bool nan = false;
-    for (int32_t e = 0; e < args->num_experts; ++e) {
-        float x = route_softcap(
-            load_element(args->router_logits, token * args->logits_stride + e, args->logits_dtype),
-            args->softcap);
-        if (args->bias == MOE_BIAS_LOGIT)
-            x += load_element(args->correction_bias, e, args->bias_dtype);
-        row->x[e] = x;
-        const uint32_t order = route_order(x);
-        if (order > largest) largest = order;
-        nan |= order == 1;
+    int32_t nan = 0;
+    for (int32_t e = 0; e < num_experts; ++e) {
+        largest = row->key[e] > largest ? row->key[e] : largest;
+        nan |= row->key[e] == 1;
     }
     row->maximum = route_unorder(largest);
     row->bad = nan || !route_is_finite(row->maximum);
     row->sum = 1.0f;
     if (!moe_route_needs_sum(args)) return;
     float lane[LANES] = {0};
-    for (int32_t e = 0; e < args->num_experts; ++e)
-        if (!isnan(row->x[e])) lane[e % LANES] += softmax_term(row, row->x[e]);
+    int32_t e = 0;
+    for (; e + LANES <= num_experts; e += LANES)
+        for (int32_t i = 0; i < LANES; ++i) {
+            const float term = softmax_term(row, row->x[e + i]);
+            lane[i] += route_is_nan(row->x[e + i]) ? 0.0f : term;
+        }
+    for (int32_t i = 0; e + i < num_experts; ++i)
+        if (!route_is_nan(row->x[e + i])) lane[i] += softmax_term(row, row->x[e + i]);
     row->sum = sum_lanes(lane);
 }
 
-GENERAL float row_score(const moe_route_args *args, const route_row *row, float x)
+GENERAL float row_score(int32_t score, const route_row *row, float x)
 {
-    if (isnan(x) && args->score != MOE_SCORE_CONSTANT) return x;
-    return args->score == MOE_SCORE_SOFTMAX
-               ? route_mul(softmax_term(row, x), route_reciprocal(row->sum))
-               : route_score(args->score, x);
+    if (score != MOE_SCORE_SOFTMAX) return route_score_or_nan(score, x);
+    const float s = route_mul(softmax_term(row, x), route_reciprocal(row->sum));
+    return route_is_nan(x) ? x : s;
+}
+
+/* score is a constant where this is inlined. */
+GENERAL void row_scores(int32_t score, const route_row *row, int32_t num_experts, float *scores)
+{
+    for (int32_t e = 0; e < num_experts; ++e)
+        scores[e] = row_score(score, row, row->x[e]);
 }
 
 GENERAL void make_keys(const moe_route_args *args, int64_t token, route_row *row)
 {
-    for (int32_t e = 0; e < args->num_experts; ++e) {
-        float key = args->key == MOE_KEY_LOGIT   ? row->x[e]
-                    : args->key == MOE_KEY_SCORE ? row_score(args, row, row->x[e])
-                                                 : route_random_key(args->key, token, e);
-        if (args->bias == MOE_BIAS_KEY)
-            key += load_element(args->correction_bias, e, args->bias_dtype);
-        row->key[e] = route_order(key);
-    }
+    const int32_t num_experts = args->num_experts;
+    float key[MOE_MAX_EXPERTS];
+    if (args->key == MOE_KEY_LOGIT && args->bias != MOE_BIAS_KEY) return;
+    if (args->key == MOE_KEY_LOGIT)
+        memcpy(key, row->x, (size_t)num_experts * sizeof *key);
+    else if (args->key != MOE_KEY_SCORE)
+        for (int32_t e = 0; e < num_experts; ++e)
+            key[e] = route_random_key(args->key, token, e);
+    else if (args->score == MOE_SCORE_SOFTMAX)
+        row_scores(MOE_SCORE_SOFTMAX, row, num_experts, key);
+    else if (args->score == MOE_SCORE_SIGMOID)
+        row_scores(MOE_SCORE_SIGMOID, row, num_experts, key);
+    else
+        row_scores(args->score, row, num_experts, key);
+    if (args->bias == MOE_BIAS_KEY && args->bias_dtype == MOE_F32)
+        for (int32_t e = 0; e < num_experts; ++e)
+            key[e] += load_element(args->correction_bias, e, MOE_F32);
+    else if (args->bias == MOE_BIAS_KEY)
+        for (int32_t e = 0; e < num_experts; ++e)
+            key[e] += load_element(args->correction_bias, e, args->bias_dtype);
+    for (int32_t e = 0; e < num_experts; ++e)
+        row->key[e] = route_order(key[e]);
 }
 
 /* The largest key of [begin, end) that is not taken, the lowest expert among equals; -1: there is none. */
@@ -230,21 +216,21 @@ GENERAL void keep_groups(const moe_route_args *args, route_row *row)
     uint32_t groups[MOE_MAX_TOPK];
     for (int32_t g = 0; g < args->num_groups; ++g) {
         const int32_t begin = g * size, end = begin + size;
-        int32_t best = -1;
         if (args->groups == MOE_GROUPS_QUOTA) {
+            int32_t best;
             for (int32_t i = 0; i < args->topk / args->num_groups; ++i)
                 if ((best = largest_key(row->key, kept, begin, end)) >= 0) kept[best] = true;
             continue;
         }
-        best = largest_key(row->key, NULL, begin, end);
-        groups[g] = row->key[best];
-        if (args->groups == MOE_GROUPS_TOP2) {
-            kept[best] = true;
-            const int32_t second = largest_key(row->key, kept, begin, end);
-            kept[best] = false;
-            groups[g] =
-                route_order(route_unorder(row->key[best]) + route_unorder(row->key[second]));
+        uint32_t first = 0, second = 0;
+        for (int32_t e = begin; e < end; ++e) {
+            const uint32_t key = row->key[e], less = key < first ? key : first;
+            second = less > second ? less : second;
+            first = key > first ? key : first;
         }
+        groups[g] = args->groups == MOE_GROUPS_TOP2
+                        ? route_order(route_unorder(first) + route_unorder(second))
+                        : first;
     }
     for (int32_t i = 0; args->groups != MOE_GROUPS_QUOTA && i < args->topk_groups; ++i) {
         const int32_t g = largest_key(groups, NULL, 0, args->num_groups);
@@ -254,21 +240,6 @@ GENERAL void keep_groups(const moe_route_args *args, route_row *row)
     }
     for (int32_t e = 0; e < args->num_experts; ++e)
         if (!kept[e]) row->key[e] = 0;
-}
-
-GENERAL void choose_largest(const moe_route_args *args, route_row *row)
-{
-    int32_t count = 0;
-    for (int32_t e = 0; e < args->num_experts; ++e) {
-        const uint32_t key = row->key[e];
-        if (key == 0 || (count == args->topk && key <= row->key[row->ids[count - 1]])) continue;
-        int32_t at = count < args->topk ? count++ : count - 1;
-        for (; at > 0 && key > row->key[row->ids[at - 1]]; --at)
-            row->ids[at] = row->ids[at - 1];
-        row->ids[at] = e;
-    }
-    for (; count < args->topk; ++count)
-        row->ids[count] = -1;
 }
 
 GENERAL void choose_given(const moe_route_args *args, int64_t token, int64_t number, route_row *row)
@@ -306,7 +277,7 @@ GENERAL float slot_score(const moe_route_args *args, const route_row *row, int32
     if (id < 0 || (args->ids == MOE_IDS_LARGEST && row->key[id] == 1)) return 0.0f;
     if (args->score == MOE_SCORE_SPARSEMIXER) return sparsemixer_score(args, row, slot);
     if (args->score == MOE_SCORE_SOFTMAX && row->bad) return 0.0f;
-    const float score = row_score(args, row, row->x[id]);
+    const float score = row_score(args->score, row, row->x[id]);
     return isnan(score) ? 0.0f : score;
 }
 
@@ -346,8 +317,9 @@ GENERAL void weigh(const moe_route_args *args, int64_t token, route_row *row)
     }
 }
 
-GENERAL void route_general_body(const moe_route_args *args, int64_t token)
+GENERAL void route_general_body(const route_run *run, int64_t token)
 {
+    const moe_route_args *args = run->args;
     const int64_t number = args->first_token + token;
     if (args->num_token_non_padded && number >= *args->num_token_non_padded) {
         for (int32_t s = 0; s < args->num_slots; ++s)
@@ -355,11 +327,13 @@ GENERAL void route_general_body(const moe_route_args *args, int64_t token)
         return;
     }
     route_row row;
-    load_row(args, token, &row);
+    load_row(run, token, &row);
     if (args->ids == MOE_IDS_LARGEST) {
         make_keys(args, number, &row);
         if (args->num_groups) keep_groups(args, &row);
-        choose_largest(args, &row);
+        int32_t count = run->simd->select_largest(row.key, args->num_experts, args->topk, row.ids);
+        for (; count < args->topk; ++count)
+            row.ids[count] = -1;
     } else {
         choose_given(args, token, number, &row);
     }
@@ -373,16 +347,16 @@ GENERAL void route_general_body(const moe_route_args *args, int64_t token)
     }
 }
 
-static void route_general(const moe_route_args *args, int64_t token)
+static void route_general(const route_run *run, int64_t token)
 {
-    route_general_body(args, token);
+    route_general_body(run, token);
 }
 
 #if defined(__x86_64__) && !defined(__FMA__)
-__attribute__((target("avx2,fma"))) static void route_general_fma(const moe_route_args *args,
+__attribute__((target("avx2,fma"))) static void route_general_fma(const route_run *run,
                                                                   int64_t token)
 {
-    route_general_body(args, token);
+    route_general_body(run, token);
 }
 #else
 #define route_general_fma route_general
@@ -397,9 +371,9 @@ static void route_region(void *context, int thread)
         for (int i = 0; i < BLOCK_TOKENS; ++i, ++token) {
             if (token >= run->args->num_tokens) return;
             if (run->args->general && run->simd->level >= MOE_SIMD_AVX2)
-                route_general_fma(run->args, token);
+                route_general_fma(run, token);
             else if (run->args->general)
-                route_general(run->args, token);
+                route_general(run, token);
             else
                 route_token(run, token);
         }
@@ -410,7 +384,9 @@ int moe_cpu_route(const moe_route_args *args, moe_error *err)
 {
     (void)err;
     route_run run = {.args = args, .simd = moe_get_simd()};
-    const int64_t num_logits = args->num_tokens * args->num_experts;
-    moe_parallel(num_logits < SMALL_LOGITS ? 1 : moe_num_threads(), route_region, &run);
+    const int64_t share = args->general ? LOGITS_PER_THREAD / 4 : LOGITS_PER_THREAD;
+    const int64_t threads = args->num_tokens * args->num_experts / share;
+    moe_parallel(threads < moe_num_threads() ? (int)threads : moe_num_threads(), route_region,
+                 &run);
     return MOE_OK;
 }

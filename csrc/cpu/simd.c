@@ -32,6 +32,16 @@ static int detect_level(void)
 static const moe_simd *const TABLES[1] = {&moe_simd_scalar};
 #endif
 
+bool moe_rows_in_turn(void)
+{
+#if MOE_SIMD_X86
+    __builtin_cpu_init(); /* CPUID the first time only */
+    return __builtin_cpu_is("amd");
+#else
+    return false;
+#endif
+}
+
 static atomic_int asked_level_plus_one; /* FUSEDMOE_CPU_ISA; 0: not given, or no such table */
 
 void moe_read_simd(void)

@@ -38,6 +38,7 @@ typedef struct moe_dot {
     int64_t k;                   /* elements, 1 .. */
     int32_t accumulate;          /* 0: c is set, 1: added to */
     int32_t fresh;               /* 1: nothing has read these weights yet, they come from memory */
+    int32_t in_turn;             /* 1: better read one row after the other, where tokens are few */
     /* The weights to fetch into L2 meanwhile: while byte b of a weight row is used, the lines at
      * prefetch + b * prefetch_step + i * prefetch_stride, 0 <= i < num_prefetch. */
     uintptr_t prefetch; /* a number, as it may lie outside the weights */
@@ -69,8 +70,15 @@ typedef struct moe_simd {
     /* out[h] = round(scale * sum over i of rows[i][h] + shared[h]); shared may be NULL. */
     void (*sum_rows)(void *out, const void *const *rows, int num_rows, const void *shared,
                      float scale, int64_t n, int32_t dtype);
-    /* c[i] = exp(c[i] - maximum); c may be touched up to a multiple of 16. */
-    void (*exp_minus)(float *c, float maximum, int64_t n);
+    /* Routing. A row of n logits as f32 and as keys (route_order in route_math.h); returns whether there is
+     * a NaN. Both may be touched up to a multiple of 16. */
+    bool (*load_logits)(float *x, uint32_t *key, const void *row, int64_t n, int32_t dtype);
+    /* The ids of the topk largest of n keys, best first, the lowest id among equals, never a key of 0;
+     * returns how many there are. key may be touched up to a multiple of 64. */
+    int32_t (*select_largest)(uint32_t *key, int32_t n, int32_t topk, int32_t *ids);
+    /* c[i] = exp(c[i] - maximum) of n numbers <= maximum, and their sum; c may be touched up to a multiple
+     * of 16. */
+    double (*exp_sum)(float *c, float maximum, int64_t n);
     /* Reads n bytes (a multiple of 4096, 64-byte aligned) and does nothing with them. */
     uint32_t (*read)(const void *data, int64_t n);
 } moe_simd;
@@ -78,6 +86,10 @@ typedef struct moe_simd {
 /* The best table this machine runs; FUSEDMOE_CPU_ISA=scalar|avx2|avx512|avx512_bf16 asks for a lower one. */
 const moe_simd *moe_get_simd(void);
 void moe_read_simd(void); /* the variable; with the GIL, see moe_cpu_read_environment */
+
+/* Whether memory is read faster by one weight row after the other than by four abreast, while there are one or
+ * two tokens: 5 to 15 % on a Zen 4 with two cores, where 16 Sapphire Rapids lose 10 to 15 %. */
+bool moe_rows_in_turn(void);
 
 extern const moe_simd moe_simd_scalar;
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))

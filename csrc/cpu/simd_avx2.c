@@ -9,6 +9,8 @@
 #define MAX_TOKENS              3
 #define MULTIPLY_ADD(sum, a, b) ((vf)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(sum)))
 #define NATIVE_BF16             0
+#define LARGER(a, b)            ((vi)_mm256_max_epi32((__m256i)(a), (__m256i)(b)))
+#define GREATER_MASK(a, b)      ((unsigned)_mm256_movemask_ps((__m256)((a) > (b))))
 #define DOT_BF16(sum, a, b)     (sum)
 #define LOAD_F16(p)             ((vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(p))))
 #define STORE_F16(p, v)                                                                            \

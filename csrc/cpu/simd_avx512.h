@@ -6,6 +6,8 @@
 #define LANES                   16
 #define MAX_TOKENS              6
 #define MULTIPLY_ADD(sum, a, b) ((vf)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(sum)))
+#define LARGER(a, b)            ((vi)_mm512_max_epi32((__m512i)(a), (__m512i)(b)))
+#define GREATER_MASK(a, b)      _mm512_cmpgt_epi32_mask((__m512i)(a), (__m512i)(b))
 #define LOAD_F16(p)             ((vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)(p))))
 #define STORE_F16(p, v)                                                                            \
     _mm256_storeu_si256(                                                                           \

@@ -4,6 +4,8 @@
 #define MAX_TOKENS              3
 #define MULTIPLY_ADD(sum, a, b) ((sum) + (a) * (b))
 #define NATIVE_BF16             0
+#define LARGER(a, b)            ((((a) > (b)) & (a)) | (((a) <= (b)) & (b)))
+#define GREATER_MASK(a, b)      lane_bits((a) > (b))
 #define DOT_BF16(sum, a, b)     (sum)
 #define LOAD_F16(p)             load_halves(p)
 #define STORE_F16(p, v)         store_halves(p, v)
@@ -11,6 +13,7 @@
 #include "simd.h"
 
 typedef float four_floats __attribute__((vector_size(16)));
+typedef int32_t four_integers __attribute__((vector_size(16)));
 typedef uint32_t four_words __attribute__((vector_size(16)));
 typedef uint16_t four_halves __attribute__((vector_size(8)));
 
@@ -31,6 +34,11 @@ static inline void store_halves(void *p, four_floats v)
 {
     uint16_t h[4] = {f32_to_f16(v[0]), f32_to_f16(v[1]), f32_to_f16(v[2]), f32_to_f16(v[3])};
     memcpy(p, h, sizeof h);
+}
+
+static inline unsigned lane_bits(four_integers mask)
+{
+    return (unsigned)((mask[0] & 1) | (mask[1] & 2) | (mask[2] & 4) | (mask[3] & 8));
 }
 
 #include "simd_vector.h"

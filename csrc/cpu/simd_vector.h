@@ -4,6 +4,8 @@
  *   TARGET   the function attribute that selects the instruction set, or nothing
  *   LOAD_F16(p), STORE_F16(p, v)   vector <-> LANES halves in memory, any alignment
  *   MULTIPLY_ADD(sum, a, b)        sum + a * b
+ *   LARGER(a, b)                   of signed words
+ *   GREATER_MASK(a, b)             a bit for each lane in which a > b, signed words
  *   NATIVE_BF16                    1: DOT_BF16(sum, a, b) adds products of pairs of bf16
  *   MAX_TOKENS                     3 or 6: 4 * MAX_TOKENS accumulators have to fit the registers
  * and afterwards reduce_tile, and takes the functions below into its table (MOE_SIMD_FUNCTIONS). */
@@ -184,10 +186,196 @@ static TARGET void round_values(void *out, const float *c, int64_t n, int32_t dt
         store_up_to(out, i, n, load_f32(c + i), dtype);
 }
 
-static TARGET void exp_minus(float *c, float maximum, int64_t n)
+/* ---- routing: what it does for every expert or every candidate ---- */
+
+/* Order of f32 as route_order has it (route_math.h), biased so that signed comparisons follow it. */
+INLINE vi load_key(const uint32_t *key)
 {
-    for (int64_t i = 0; i < n; i += LANES)
-        store_f32(c + i, exponential(load_f32(c + i) - maximum));
+    vu k;
+    memcpy(&k, key, sizeof k);
+    return (vi)(k ^ 0x80000000u);
+}
+
+INLINE vi splat_i(int32_t x)
+{
+    return x - (vi){0};
+}
+
+INLINE void logits_of(float *x, uint32_t *key, vu *nan, const void *row, int64_t i, int64_t n,
+                      int32_t dtype)
+{
+    vf value = load_up_to(row, i, n, dtype);
+    vu bits = (vu)(value + 0.0f); /* -0 becomes +0 */
+    vu is_nan = (vu)(value != value);
+    vu order = bits ^ ((vu)((vi)bits >> 31) | 0x80000000u);
+    order = (~is_nan & order) | (is_nan & 1u);
+    *nan |= is_nan;
+    store_f32(x + i, value);
+    memcpy(key + i, &order, sizeof order);
+}
+
+static TARGET bool load_logits(float *x, uint32_t *key, const void *row, int64_t n, int32_t dtype)
+{
+    vu nan = {0};
+    if (dtype == MOE_F32)
+        for (int64_t i = 0; i < n; i += LANES)
+            logits_of(x, key, &nan, row, i, n, MOE_F32);
+    else if (dtype == MOE_BF16)
+        for (int64_t i = 0; i < n; i += LANES)
+            logits_of(x, key, &nan, row, i, n, MOE_BF16);
+    else
+        for (int64_t i = 0; i < n; i += LANES)
+            logits_of(x, key, &nan, row, i, n, MOE_F16);
+    uint32_t any = 0;
+    for (int i = 0; i < LANES; ++i)
+        any |= nan[i];
+    return any != 0;
+}
+
+/* e^x, x <= 0, within 2 ulp; 0 below -87. Of NaN: some number. */
+INLINE vf exponential_below(vf x)
+{
+    const vf shifted = MULTIPLY_ADD(splat(12582912.0f), x, splat(1.44269504f));
+    const vf n = shifted - 12582912.0f;
+    vf r = MULTIPLY_ADD(x, n, splat(-0.693145752f)); /* ln 2 in two parts */
+    r = MULTIPLY_ADD(r, n, splat(-1.42860677e-6f));
+    vf p = MULTIPLY_ADD(splat(8.36874545e-3f), splat(1.38145417e-3f), r);
+    p = MULTIPLY_ADD(splat(4.16683890e-2f), p, r);
+    p = MULTIPLY_ADD(splat(1.66665211e-1f), p, r);
+    p = MULTIPLY_ADD(splat(4.99999940e-1f), p, r);
+    p = MULTIPLY_ADD(splat(1.0f), p, r);
+    p = MULTIPLY_ADD(splat(1.0f), p, r);
+    const vu scaled = (vu)p + ((vu)shifted << 23); /* n is in the last bits */
+    return (vf)(scaled & (vu)(x >= -87.0f));
+}
+
+static TARGET double exp_sum(float *c, float maximum, int64_t n)
+{
+    vf sum = {0};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        const vf value = exponential_below(load_f32(c + i) - maximum);
+        store_f32(c + i, value);
+        sum += value;
+    }
+    double total = 0;
+    for (int j = 0; j < LANES; ++j)
+        total += (double)sum[j];
+    if (i == n) return total;
+    store_f32(c + i, exponential_below(load_f32(c + i) - maximum));
+    for (; i < n; ++i)
+        total += (double)c[i];
+    return total;
+}
+
+enum { BLOCK_KEYS = 64, MAX_CANDIDATES = 64 };
+
+/* The topk-th largest of the largest keys of num_groups interleaved groups: topk keys reach it. */
+INLINE int32_t bound_of_groups(const uint32_t *key, int32_t n, int32_t topk, int num_groups)
+{
+    enum { MAX_VECTORS = 32 / LANES };
+    const int vectors = num_groups / LANES;
+    vi top[MAX_VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v)
+        top[v] = splat_i(INT32_MIN);
+    for (int32_t e = 0; e < n; e += num_groups) {
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v)
+            top[v] = LARGER(top[v], load_key(key + e + v * LANES));
+    }
+    int32_t value[32];
+    memcpy(value, top, (size_t)num_groups * sizeof *value);
+    vi above[MAX_VECTORS];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v)
+        above[v] = (vi){0};
+    for (int i = 0; i < num_groups; ++i) {
+        const vi one = splat_i(value[i]);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v)
+            above[v] += one > top[v]; /* counts down */
+    }
+    vi least = splat_i(INT32_MIN);
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) { /* ~x turns the least into the largest */
+        vi kept = above[v] > splat_i(-topk);
+        least = LARGER(least, (kept & ~top[v]) | (~kept & INT32_MIN));
+    }
+    int32_t bound = INT32_MIN;
+    for (int i = 0; i < LANES; ++i)
+        bound = least[i] > bound ? least[i] : bound;
+    return ~bound;
+}
+
+/* By insertion; for rows in which too many keys reach the bound, and for large topk. */
+static int32_t insert_largest(const uint32_t *key, int32_t n, int32_t topk, int32_t *ids)
+{
+    int32_t count = 0;
+    for (int32_t e = 0; e < n; ++e) {
+        if (key[e] == 0 || (count == topk && key[e] <= key[ids[count - 1]])) continue;
+        int32_t at = count < topk ? count++ : count - 1;
+        for (; at > 0 && key[e] > key[ids[at - 1]]; --at)
+            ids[at] = ids[at - 1];
+        ids[at] = e;
+    }
+    return count;
+}
+
+/* Few keys reach the bound, ten or so; each counts how many come before it, which is its place. No
+ * branch hangs on a comparison of keys, and the time does not grow with topk. */
+static TARGET int32_t select_largest(uint32_t *key, int32_t n, int32_t topk, int32_t *ids)
+{
+    int32_t value[MAX_CANDIDATES + LANES], id[MAX_CANDIDATES], place[MAX_CANDIDATES + LANES],
+        ordered[MAX_CANDIDATES], count = 0;
+    for (int32_t e = n; e % BLOCK_KEYS; ++e)
+        key[e] = 0;
+    int32_t bound = INT32_MIN + 1;
+    if (n > 16) {
+        if (topk > 24) return insert_largest(key, n, topk, ids);
+        const int32_t reached =
+            topk > 10 ? bound_of_groups(key, n, topk, 32) : bound_of_groups(key, n, topk, 16);
+        if (reached > bound) bound = reached;
+    }
+    const vi below = splat_i(bound - 1);
+    for (int32_t e = 0; e < n; e += BLOCK_KEYS) {
+        uint64_t hits = 0;
+#pragma GCC unroll 16
+        for (int i = 0; i < BLOCK_KEYS; i += LANES)
+            hits |= (uint64_t)GREATER_MASK(load_key(key + e + i), below) << i;
+        if (count + __builtin_popcountll(hits) > MAX_CANDIDATES)
+            return insert_largest(key, n, topk, ids);
+        for (; hits; hits &= hits - 1, ++count) {
+            const int32_t at = e + __builtin_ctzll(hits);
+            id[count] = at;
+            value[count] = (int32_t)(key[at] ^ 0x80000000u);
+        }
+    }
+    for (int i = 0; i < LANES; ++i)
+        value[count + i] = INT32_MIN + 1; /* the least that has a predecessor */
+
+    vi lane;
+    for (int i = 0; i < LANES; ++i)
+        lane[i] = i;
+    for (int32_t block = 0; block < count; block += LANES) {
+        vi mine, before = {0};
+        memcpy(&mine, value + block, sizeof mine);
+        int32_t i = 0;
+        for (; i < block; ++i) /* lower ids come first among equals */
+            before += splat_i(value[i]) > mine - 1;
+#pragma GCC unroll 16
+        for (int j = 0; j < LANES; ++j, ++i)
+            before += splat_i(value[i]) > mine + (lane > splat_i(j));
+        for (; i < count; ++i)
+            before += splat_i(value[i]) > mine;
+        before = -before;
+        memcpy(place + block, &before, sizeof before);
+    }
+    for (int32_t i = 0; i < count; ++i)
+        ordered[place[i]] = id[i];
+    if (count > topk) count = topk;
+    memcpy(ids, ordered, (size_t)count * sizeof *ids);
+    return count;
 }
 
 INLINE vf silu(vf g, int32_t clamp, vf limit)
@@ -509,7 +697,8 @@ INLINE void dot_serial(const moe_dot *dot, int num_tokens, int32_t dtype)
 /* num_tokens becomes a constant, so that the accumulators live in registers. */
 INLINE void dot_tokens(const moe_dot *dot, int num_tokens, int32_t dtype)
 {
-    const bool serial = LANES == 16 && dot->fresh && dot->num_prefetch == MOE_DOT_ROWS;
+    const bool serial =
+        LANES == 16 && dot->in_turn && dot->fresh && dot->num_prefetch == MOE_DOT_ROWS;
     switch (num_tokens) {
 #if MAX_TOKENS > 3
     case 6:
@@ -588,4 +777,5 @@ static TARGET void widen_weights(float *to, const void *weights, int64_t n, int3
     .packed_element_bytes = {0, 4, NATIVE_BF16 ? 2 : 4, 4},                                        \
     .pack = {0, pack_f32, pack_bf16, pack_f16}, .dot = {0, dot_f32, dot_bf16, dot_f16},            \
     .widen = widen_weights, .add = add_values, .scale = scale_values, .activate = activate,        \
-    .round = round_values, .sum_rows = sum_rows, .exp_minus = exp_minus, .read = read_bytes
+    .round = round_values, .sum_rows = sum_rows, .load_logits = load_logits,                       \
+    .select_largest = select_largest, .exp_sum = exp_sum, .read = read_bytes

@@ -1,51 +1,57 @@
 /* threads.c: one pool, one region at a time.
  *
- * A region opens by a change of epoch. A worker that sees it enters under the mutex while the region is
- * open, so a core that wakes late finds it closed and nobody waited for it; at decode the caller often
- * has finished a stage before a sleeping core would have started. Workers spin for a moment after a
- * region, because the next stage follows within microseconds, then sleep. */
+ * One word, the gate, says how many places the region has left and how many workers are in it. A worker
+ * enters by taking a place; the region closes by taking all that are left, so a core that wakes late finds
+ * none and nobody waited for it: at decode the caller often has finished a stage before a sleeping core
+ * would have started. Nothing on the way in or out takes a lock: sixteen workers that queue for one cost
+ * more than most stages.
+ *
+ * Workers spin for a moment after a region, because the next stage follows within microseconds, then
+ * sleep. Whoever is in a region wakes two sleepers while there are places, so that the caller starts
+ * its own work after two calls to the system, not after one for each core. */
 #define _GNU_SOURCE
 #include "threads.h"
 
-#include <errno.h>
 #include <pthread.h>
 #include <sched.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <time.h>
 #include <unistd.h>
 
 enum {
     MAX_THREADS = 1024,
+    WAKES = 2,
     SPIN_NS =
         60 * 1000, /* longer than the pause between two stages, far below a scheduler's tick */
     STACK_BYTES = 1 << 20
 };
 
+/* The gate: regions so far << 32 | places left << 16 | workers inside. It is changed as a whole, so a
+ * worker that takes a place has taken it in the region it looked at. */
+#define INSIDE ((unsigned long long)1)
+#define PLACE  ((unsigned long long)1 << 16)
+#define REGION ((unsigned long long)1 << 32)
+
 static struct {
-    pthread_mutex_t owner; /* held for a region by the thread that opened it */
-    pthread_mutex_t mutex; /* guards what follows */
-    pthread_cond_t wake;   /* workers: epoch has changed */
-    pthread_cond_t done;   /* owner: num_running has reached 0 */
+    /* Written by the owner while nobody is inside and no place is left; read by who is inside. */
+    _Alignas(64) atomic_ullong gate;
     moe_region region;
     void *context;
-    bool open;
     int max_entered;
-    int num_entered;
-    int num_sleeping;
-    int num_workers;
-    atomic_uint epoch;
-    atomic_int num_running;
-} pool = {
-    .owner = PTHREAD_MUTEX_INITIALIZER,
-    .mutex = PTHREAD_MUTEX_INITIALIZER,
-    .wake = PTHREAD_COND_INITIALIZER,
-    .done = PTHREAD_COND_INITIALIZER,
-};
 
-static pthread_once_t fork_handler = PTHREAD_ONCE_INIT;
+    _Alignas(64) pthread_mutex_t owner; /* held for a region by the thread that opened it */
+    int num_workers;                    /* with the mutex */
+    sem_t wake, done;                   /* of workers, of the owner */
+    atomic_int num_sleeping; /* workers that wait for `wake`, or will, and are owed none yet */
+    atomic_int owner_sleeps;
+} pool = {.owner = PTHREAD_MUTEX_INITIALIZER};
+
+static pthread_once_t pool_once = PTHREAD_ONCE_INIT;
 
 static void pause_core(void)
 {
@@ -103,67 +109,105 @@ int moe_num_threads(void)
     return threads < MAX_THREADS ? threads : MAX_THREADS;
 }
 
-/* In a forked child only the forking thread is left: forget the workers and whatever they held. */
-static void after_fork(void)
+static void reset_pool(void)
 {
     pthread_mutex_init(&pool.owner, NULL);
-    pthread_mutex_init(&pool.mutex, NULL);
-    pthread_cond_init(&pool.wake, NULL);
-    pthread_cond_init(&pool.done, NULL);
-    pool.open = false;
-    pool.num_sleeping = 0;
+    sem_init(&pool.wake, 0, 0);
+    sem_init(&pool.done, 0, 0);
     pool.num_workers = 0;
-    atomic_store(&pool.num_running, 0);
+    atomic_store(&pool.gate, 0);
+    atomic_store(&pool.num_sleeping, 0);
+    atomic_store(&pool.owner_sleeps, 0);
 }
 
-static void register_fork_handler(void)
+/* In a forked child only the forking thread is left: it forgets the workers and whatever they held. */
+static void make_pool(void)
 {
-    pthread_atfork(NULL, NULL, after_fork);
+    reset_pool();
+    pthread_atfork(NULL, NULL, reset_pool);
 }
 
-/* Spins until *value differs from old or the time is up. */
-static bool spin_while_equal(atomic_uint *value, unsigned old)
+static void wait_for(sem_t *semaphore)
+{
+    while (sem_wait(semaphore)) /* interrupted */
+        continue;
+}
+
+static int places(unsigned long long gate)
+{
+    return (int)(gate / PLACE % (REGION / PLACE));
+}
+
+/* Wakes up to count workers that sleep. */
+static void wake_workers(int count)
+{
+    int sleeping = atomic_load(&pool.num_sleeping), woken;
+    do {
+        if (sleeping == 0) return;
+        woken = sleeping < count ? sleeping : count;
+    } while (!atomic_compare_exchange_weak(&pool.num_sleeping, &sleeping, sleeping - woken));
+    while (woken--)
+        sem_post(&pool.wake);
+}
+
+/* Spins until there is another region than `seen` or the time is up. */
+static bool spin_for_region(unsigned long long seen)
 {
     long long end = 0;
     for (unsigned i = 1;; ++i) {
-        if (atomic_load_explicit(value, memory_order_acquire) != old) return true;
+        if (atomic_load_explicit(&pool.gate, memory_order_relaxed) / REGION != seen) return true;
         pause_core();
         if (i % 64) continue;
-        long long now = clock_ns();
+        const long long now = clock_ns();
         if (!end) end = now + SPIN_NS;
         if (now >= end) return false;
     }
 }
 
+static void sleep_for_region(unsigned long long seen)
+{
+    int sleeping = atomic_fetch_add(&pool.num_sleeping, 1) + 1;
+    if (atomic_load(&pool.gate) / REGION != seen)
+        while (sleeping > 0) /* none: somebody has taken this worker for asleep and wakes it */
+            if (atomic_compare_exchange_weak(&pool.num_sleeping, &sleeping, sleeping - 1)) return;
+    wait_for(&pool.wake);
+}
+
+/* The worker's number in the region that is open; 0: there is none, or it has no place left. */
+static int enter_region(unsigned long long *seen)
+{
+    unsigned long long gate = atomic_load(&pool.gate);
+    int left;
+    do {
+        *seen = gate / REGION;
+        left = places(gate);
+        if (left == 0) return 0;
+    } while (!atomic_compare_exchange_weak(&pool.gate, &gate, gate - PLACE + INSIDE));
+    if (left > 1) wake_workers(left - 1 < WAKES ? left - 1 : WAKES);
+    return pool.max_entered - left;
+}
+
+static void leave_region(void)
+{
+    if ((atomic_fetch_sub(&pool.gate, INSIDE) - INSIDE) % REGION == 0 &&
+        atomic_exchange(&pool.owner_sleeps, 0))
+        sem_post(&pool.done);
+}
+
 static void *worker(void *argument)
 {
-    unsigned seen = (unsigned)(size_t)argument;
+    unsigned long long seen = (uintptr_t)argument;
     for (;;) {
-        bool changed = spin_while_equal(&pool.epoch, seen);
-        pthread_mutex_lock(&pool.mutex);
-        if (!changed) {
-            ++pool.num_sleeping;
-            while (atomic_load(&pool.epoch) == seen)
-                pthread_cond_wait(&pool.wake, &pool.mutex);
-            --pool.num_sleeping;
-        }
-        seen = atomic_load(&pool.epoch);
-        if (pool.open && pool.num_entered < pool.max_entered) {
-            int thread = pool.num_entered++;
-            moe_region region = pool.region;
-            void *context = pool.context;
-            atomic_fetch_add(&pool.num_running, 1);
-            pthread_mutex_unlock(&pool.mutex);
-            region(context, thread);
-            pthread_mutex_lock(&pool.mutex);
-            if (atomic_fetch_sub(&pool.num_running, 1) == 1) pthread_cond_signal(&pool.done);
-        }
-        pthread_mutex_unlock(&pool.mutex);
+        if (!spin_for_region(seen)) sleep_for_region(seen);
+        const int thread = enter_region(&seen);
+        if (thread == 0) continue;
+        pool.region(pool.context, thread);
+        leave_region();
     }
     return NULL;
 }
 
-/* Starts workers until there are count, or as many as the system allows. The mutex is held. */
+/* Starts workers until there are count, or as many as the system allows. */
 static void start_workers(int count)
 {
     if (pool.num_workers >= count) return;
@@ -176,7 +220,7 @@ static void start_workers(int count)
     pthread_attr_setstacksize(&attributes, STACK_BYTES);
     while (pool.num_workers < count) {
         pthread_t thread;
-        void *seen = (void *)(size_t)atomic_load(&pool.epoch);
+        void *seen = (void *)(uintptr_t)(atomic_load(&pool.gate) / REGION);
         if (pthread_create(&thread, &attributes, worker, seen)) break;
         ++pool.num_workers;
     }
@@ -184,40 +228,42 @@ static void start_workers(int count)
     pthread_sigmask(SIG_SETMASK, &old, NULL);
 }
 
+/* Until nobody is inside a region that is closed. */
+static void wait_for_workers(void)
+{
+    long long end = 0;
+    for (unsigned i = 1; atomic_load(&pool.gate) % REGION; ++i) {
+        pause_core();
+        if (i % 64) continue;
+        const long long now = clock_ns();
+        if (!end) end = now + SPIN_NS;
+        if (now < end) continue;
+        /* Who takes the flag back decides whether a post is owed. A worker that left an earlier region may
+         * take it, too: hence the loop. */
+        atomic_store(&pool.owner_sleeps, 1);
+        if (atomic_load(&pool.gate) % REGION || !atomic_exchange(&pool.owner_sleeps, 0))
+            wait_for(&pool.done);
+    }
+}
+
 void moe_parallel(int max_threads, moe_region region, void *context)
 {
-    pthread_once(&fork_handler, register_fork_handler);
+    pthread_once(&pool_once, make_pool);
     if (max_threads < 2 || pthread_mutex_trylock(&pool.owner)) {
         region(context, 0);
         return;
     }
-    pthread_mutex_lock(&pool.mutex);
     start_workers(max_threads - 1);
     pool.region = region;
     pool.context = context;
     pool.max_entered = max_threads;
-    pool.num_entered = 1;
-    pool.open = true;
-    atomic_fetch_add(&pool.epoch, 1);
-    if (pool.num_sleeping) pthread_cond_broadcast(&pool.wake);
-    pthread_mutex_unlock(&pool.mutex);
+    const unsigned long long opened = atomic_load(&pool.gate) / REGION + 1;
+    atomic_store(&pool.gate, opened * REGION + (unsigned)(max_threads - 1) * PLACE);
+    wake_workers(max_threads - 1 < WAKES ? max_threads - 1 : WAKES);
 
     region(context, 0);
 
-    pthread_mutex_lock(&pool.mutex);
-    pool.open = false;
-    pthread_mutex_unlock(&pool.mutex);
-    long long end = 0;
-    for (unsigned i = 1; atomic_load_explicit(&pool.num_running, memory_order_acquire); ++i) {
-        pause_core();
-        if (i % 64) continue;
-        long long now = clock_ns();
-        if (!end) end = now + SPIN_NS;
-        if (now >= end) break;
-    }
-    pthread_mutex_lock(&pool.mutex);
-    while (atomic_load(&pool.num_running))
-        pthread_cond_wait(&pool.done, &pool.mutex);
-    pthread_mutex_unlock(&pool.mutex);
+    atomic_fetch_and(&pool.gate, ~(REGION - PLACE));
+    wait_for_workers();
     pthread_mutex_unlock(&pool.owner);
 }

@@ -17,6 +17,7 @@ run that measures some of the points replaces these and keeps the rest.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import statistics
@@ -49,12 +50,13 @@ IDLE_SECONDS, HOT_SECONDS = 0.7, 2.5
 class Layer:
     """The weights of one model on one backend, made once for all its points.
 
+    sizes: of a layer that is not in the table of models; `name` is then None.
     pool: an executor that makes weights and oracle results beside the timing, or None: in turn. A
     GPU's events do not notice what the host does meanwhile; a CPU's clock would.
     """
 
-    def __init__(self, backend, name, dtype, max_tokens, seed=0, pool=None):
-        self.backend, self.name, self.sizes, self.dtype = backend, name, model(name), dtype
+    def __init__(self, backend, name, dtype, max_tokens, seed=0, pool=None, sizes=None):
+        self.backend, self.name, self.sizes, self.dtype = backend, name, sizes or model(name), dtype
         self.seed, self.pool = seed, pool
         full = DTYPES[dtype]
         seeds = [(seed, 0), (seed, 1)] if backend.name == "cuda" else [(seed, 0)]
@@ -67,25 +69,28 @@ class Layer:
         self.x = generate.normal(shape, full, 1.0, (seed, 2))
         self.wanted = {}
 
-    def expect(self, num_tokens):
+    def expect(self, num_tokens, case="uniform"):
         """Starts on the oracle's result for the first call of a point, where there is a pool."""
         if self.pool:
-            self.wanted[num_tokens] = self.pool.submit(self.oracle, num_tokens)
+            self.wanted[num_tokens, case] = self.pool.submit(self.oracle, num_tokens, case)
 
-    def oracle(self, num_tokens):
-        """(tokens, want, error) of the first call of a point."""
+    def oracle(self, num_tokens, case="uniform"):
+        """(tokens, want, error, RMS error of unfused kernels) of the first call of a point."""
         tokens = sampled(num_tokens)
-        pair = routing(num_tokens, self.sizes, (self.seed, num_tokens, 0))
-        return tokens, *reference.fused_experts_error(
-            self.x[:num_tokens], *self.host, *pair, tokens=tokens
-        )
+        arguments = self.x[:num_tokens], *self.host, *self.routing(num_tokens, case, 0)
+        want, error = reference.fused_experts_error(*arguments, tokens=tokens)
+        return tokens, want, error, reference.unfused_rms(*arguments, tokens=tokens)
+
+    def routing(self, num_tokens, case, i):
+        """(topk_weights, topk_ids) of call i of a point."""
+        return routing(num_tokens, self.sizes, (self.seed, num_tokens, i), case)
 
     def measure(self, num_tokens, case="uniform"):
         """The record of one point. RuntimeError where the result is not within its bound."""
         backend, dtype = self.backend, DTYPES[self.dtype]
-        calls, out = self._calls(num_tokens)
+        calls, out, distinct = self._calls(num_tokens, case)
         calls[0]()
-        report = self.check(num_tokens, out)
+        report, unfused_rms = self.check(num_tokens, out, case)
         replay = backend.prepare(calls)
         if num_tokens >= LARGE and backend.name == "cuda":
             time.sleep(IDLE_SECONDS)
@@ -107,23 +112,28 @@ class Layer:
                 replay(max(1, int(1e5 / (times[0] * len(calls)))))
             record["us_hot"] = round(statistics.median(replay(REPLAYS)), 2)
         plan = ops.plan(num_tokens, *self.sizes, dtype=dtype, device=backend.name)
+        if case in SKEWED:
+            itemsize = generate.dtype_of(dtype).itemsize
+            predicted = model_us(self.sizes, num_tokens, distinct, *rates(backend), itemsize)
+            record.update(distinct=distinct, predicted_us=round(predicted, 2))
         return {
             **record,
             "rel_rms": float(f"{report.rel_rms:.3g}"),
+            "unfused_rms": float(f"{unfused_rms:.3g}"),
             "plan": plan_text(plan),
             "launches": plan["num_launches"],
         }
 
-    def _calls(self, num_tokens):
-        """Calls with routings of their own, the weight sets in turn, all into one output."""
+    def _calls(self, num_tokens, case):
+        """(calls with routings of their own, the weight sets in turn, all into one output; that
+        output; how many experts a call visits on average)."""
         backend, dtype = self.backend, DTYPES[self.dtype]
         x = self.x[:num_tokens]
         hidden_states, out = backend.put(x), backend.empty(x.shape, dtype)
         scratch = ops.workspace_size(num_tokens, *self.sizes, dtype=dtype, device=backend.name)
         workspace = backend.empty((scratch,), "uint8")
         routings = [
-            routing(num_tokens, self.sizes, (self.seed, num_tokens, i))
-            for i in range(4 if num_tokens >= LARGE else 16)
+            self.routing(num_tokens, case, i) for i in range(4 if num_tokens >= LARGE else 16)
         ]
 
         def call(weights, topk_weights, topk_ids):
@@ -142,18 +152,22 @@ class Layer:
             weights = self.weights[i % len(self.weights)]
             tensors = [backend.put(array) for array in pair]
             calls.append(lambda weights=weights, tensors=tensors: call(weights, *tensors))
-        return calls, out
+        distinct = statistics.mean(len(np.unique(ids)) for _, ids in routings)
+        return calls, out, distinct
 
-    def check(self, num_tokens, out):
-        """Holds the `out` of the first call against the oracle; RuntimeError if it is wrong."""
-        future = self.wanted.pop(num_tokens, None)
-        tokens, want, error = future.result() if future else self.oracle(num_tokens)
+    def check(self, num_tokens, out, case="uniform"):
+        """Holds the `out` of the first call against the oracle; RuntimeError if it is wrong.
+        Returns the report and the RMS error that unfused kernels would have."""
+        future = self.wanted.pop((num_tokens, case), None)
+        tokens, want, error, unfused_rms = (
+            future.result() if future else self.oracle(num_tokens, case)
+        )
         got = np.concatenate([np.asarray(self.backend.rows(out, t, t + 1)) for t in tokens])
         report = reference.compare(got, want, error)
         if not report.ok:
             point = f"{self.name} {self.dtype} {num_tokens} tokens"
             raise RuntimeError(f"{point}: wrong result, not timed: {report.message}")
-        return report
+        return report, unfused_rms
 
 
 def sampled(num_tokens, count=CHECKED_TOKENS):
@@ -161,17 +175,32 @@ def sampled(num_tokens, count=CHECKED_TOKENS):
     return np.unique(np.linspace(0, num_tokens - 1, min(num_tokens, count)).astype(int))
 
 
-def routing(num_tokens, sizes, seed):
-    """Uniform random distinct (topk_weights, topk_ids): float32 and int32 [num_tokens, topk]."""
+SKEWED = ("zipf1", "same_experts")
+
+
+def routing(num_tokens, sizes, seed, case="uniform"):
+    """Random distinct (topk_weights, topk_ids): float32 and int32 [num_tokens, topk].
+
+    case  "zipf1": expert i is drawn with weight 1 / (i + 1), experts in random order;
+          "same_experts": all tokens go to the same topk; any other: uniform
+    """
     random = np.random.default_rng(seed)
     num_experts, topk = sizes.num_experts, sizes.topk
-    ids = np.full((num_tokens, topk), -1, np.int32)
-    # Floyd's sampling, all tokens at once: every set of topk experts is equally likely.
-    for slot, last in enumerate(range(num_experts - topk, num_experts)):
-        drawn = random.integers(0, last + 1, num_tokens, dtype=np.int32)
-        taken = (ids[:, :slot] == drawn[:, None]).any(axis=1)
-        ids[:, slot] = np.where(taken, last, drawn)
-    random.permuted(ids, axis=1, out=ids)
+    if case == "same_experts":
+        ids = np.tile(random.permutation(num_experts)[:topk].astype(np.int32), (num_tokens, 1))
+    elif case == "zipf1":
+        # Gumbel's trick: the topk largest of log p + noise are a draw without replacement.
+        keys = random.gumbel(size=(num_tokens, num_experts)) - np.log1p(np.arange(num_experts))
+        ranks = np.argpartition(-keys, topk - 1, axis=1)[:, :topk]
+        ids = random.permutation(num_experts).astype(np.int32)[ranks]
+    else:
+        # Floyd's sampling, all tokens at once: every set of topk experts is equally likely.
+        ids = np.full((num_tokens, topk), -1, np.int32)
+        for slot, last in enumerate(range(num_experts - topk, num_experts)):
+            drawn = random.integers(0, last + 1, num_tokens, dtype=np.int32)
+            taken = (ids[:, :slot] == drawn[:, None]).any(axis=1)
+            ids[:, slot] = np.where(taken, last, drawn)
+        random.permuted(ids, axis=1, out=ids)
     weights = random.random((num_tokens, topk), np.float32) + np.float32(0.1)
     return weights / weights.sum(axis=1, keepdims=True), ids
 
@@ -186,24 +215,56 @@ def distinct_experts(sizes, num_tokens):
     return sizes.num_experts * (1 - (1 - sizes.topk / sizes.num_experts) ** num_tokens)
 
 
-def floor_us(sizes, num_tokens, bytes_per_us, flops_per_us, itemsize=2):
+def floor_us(sizes, num_tokens, bytes_per_us, flops_per_us, itemsize=2, distinct=None):
     """The larger of the least bytes / read rate (each distinct expert's weights once, input and
     output, the intermediate written and read) and FLOPs / matrix rate."""
-    elements = distinct_experts(sizes, num_tokens) * sizes.expert_elements
+    elements = (distinct or distinct_experts(sizes, num_tokens)) * sizes.expert_elements
     elements += 2 * num_tokens * (sizes.hidden_size + sizes.topk * sizes.intermediate_size)
     flops = 2 * num_tokens * sizes.topk * sizes.expert_elements
     return max(elements * itemsize / bytes_per_us, flops / flops_per_us)
 
 
+def model_us(sizes, num_tokens, distinct, bytes_per_us, flops_per_us, itemsize=2):
+    """What a very good layer takes: weights that stream at 97 % of the read rate in two launches
+    while they are what takes time, else gate_up, down and combine one after the other at 87 % of
+    the matrix rate.
+
+    distinct  experts that the batch visits. Constants of an H200; of another GPU the memory's are
+              scaled by its read rate.
+    """
+    hidden, slots = sizes.hidden_size, num_tokens * sizes.topk
+    rate = bytes_per_us / _RATES["NVIDIA H200"][0]
+    weights = distinct * sizes.expert_elements * itemsize
+    compute = 2 * slots * sizes.expert_elements / flops_per_us
+    if num_tokens <= 512 and weights / (4.5e6 * rate) > compute:
+        stream = weights / (4.55e6 * rate) + 3.0 - 1.5 * math.exp(-weights / 60e6)
+        return 1.03 * stream + (1.5 if num_tokens <= 16 else 2.5) + 0.1 * compute
+    out, tokens = slots * hidden * itemsize, num_tokens * hidden * itemsize
+    spills = out > 40e6  # the L2
+    read, written, gathered = 4.5e6 * rate, 3.6e6 * rate if spills else 8e6, 4.3e6 * rate
+    gate_up = sorted(((weights * 2 / 3 + tokens) / read, compute * 2 / 3 / 0.87))
+    down = sorted((weights / 3 / read, compute / 3 / 0.87, out / written))
+    combine = (out * (1 if spills else 0.4) + tokens) / gathered
+    return gate_up[1] + gate_up[0] / 4 + down[2] + down[1] / 4 + combine + 4
+
+
 # GPU -> (bytes per us that a kernel reads, FLOPs per us of large bf16 matrix products), measured.
-_RATES = {"NVIDIA H200": (4.65e6, 771e6)}
+_RATES = {
+    "NVIDIA H200": (4.65e6, 771e6),
+    "NVIDIA H100 80GB HBM3": (3.1e6, 771e6),
+}
+
+
+def known_rates(gpu):
+    """(bytes per us, FLOPs per us) of a GPU by its name, None where it was not measured."""
+    return _RATES.get(gpu)
 
 
 def rates(backend):
     """(bytes per us, FLOPs per us) that floor_us divides by. Of a GPU not in the table and of
     a CPU the read rate is measured now, and the floor is that of the memory alone."""
     if backend.name == "cuda":
-        known = _RATES.get(_C.info()["devices"][backend.index]["name"])
+        known = known_rates(_C.info()["devices"][backend.index]["name"])
         if known is not None:
             return known
     return backend.read_bandwidth() * 1e-6, float("inf")
@@ -223,7 +284,7 @@ def plan_text(plan):
 # -------------------------------------------------------------------------------------------------
 
 _KEYS = (
-    ("op", "case", "dtype", "model", "num_tokens")
+    ("op", "case", "dtype", "model", "hidden_size", "intermediate_size", "num_tokens")
     + ("method", "logits_dtype", "num_experts", "topk", "num_groups", "topk_groups")
     + ("call", "framework")
 )
@@ -330,14 +391,14 @@ def command_line():
 # -------------------------------------------------------------------------------------------------
 
 
-def run(backend, models, tokens, dtype="bf16", case="uniform", save=None):
-    """Measures models x tokens and prints a line for each; returns the records.
+def run(backend, models, tokens, dtype="bf16", cases=("uniform",), save=None):
+    """Measures models x cases x tokens and prints a line for each; returns the records.
 
-    case: "portable": only kernels that need no architecture of their own (the plan chooses among
-    these from now on); any other name: what the plan chooses.
+    cases: "portable": only kernels that need no architecture of their own (the plan chooses among
+    these from now on); others: routings (see `routing`).
     save: None, or a function that takes the records of one model when it is done.
     """
-    _C._restrict_plans(case == "portable", 0)
+    _C._restrict_plans("portable" in cases, 0)
     read_rate, flops_rate = rates(backend)
     pool = ThreadPoolExecutor(4) if backend.name == "cuda" else None
     itemsize = generate.dtype_of(DTYPES[dtype]).itemsize
@@ -349,10 +410,11 @@ def run(backend, models, tokens, dtype="bf16", case="uniform", save=None):
         print(f"{'tokens':>8} {'us':>10} {'spread':>7} {'hot':>10} {'weights GB/s':>13} ", end="")
         print(f"{'TFLOP/s':>8} {'of floor':>9} {'rel_rms':>9}  plan", flush=True)
         records = []
-        for num_tokens in tokens:
-            layer.expect(num_tokens)
-        for num_tokens in tokens:
-            record = layer.measure(num_tokens, case)
+        points = [(num_tokens, case) for case in cases for num_tokens in tokens]
+        for point in points:
+            layer.expect(*point)
+        for point in points:
+            record = layer.measure(*point)
             records.append(record)
             print_record(record, layer.sizes, read_rate, flops_rate, itemsize)
         if save is not None:
@@ -364,9 +426,10 @@ def run(backend, models, tokens, dtype="bf16", case="uniform", save=None):
 
 def print_record(record, sizes, read_rate, flops_rate, itemsize):
     us, num_tokens = record["us"], record["num_tokens"]
-    nbytes = distinct_experts(sizes, num_tokens) * sizes.expert_elements * itemsize
+    experts = record.get("distinct") or distinct_experts(sizes, num_tokens)
+    nbytes = experts * sizes.expert_elements * itemsize
     flops = 2 * num_tokens * sizes.topk * sizes.expert_elements
-    floor = floor_us(sizes, num_tokens, read_rate, flops_rate, itemsize)
+    floor = floor_us(sizes, num_tokens, read_rate, flops_rate, itemsize, experts)
     spread = (record["us_max"] - record["us_min"]) / us
     print(
         f"{num_tokens:>8} {us:>10.2f} {100 * spread:>6.1f}% {record.get('us_hot', ''):>10} "

@@ -28,18 +28,24 @@ from .routing import Routing
 
 def _look_for_torch():
     """Whether torch is tracing this call. torch may be loaded later than this module: once it is,
-    its own function stands here."""
+    its own function stands here, the one that costs a third of is_compiling."""
     global _is_traced
     compiler = getattr(modules.get("torch"), "compiler", None)  # None: still loading, for one
     if compiler is None:
         return False
     if compiler.is_compiling():
         return True
-    _is_traced = compiler.is_compiling
+    _is_traced = compiler.is_dynamo_compiling
     return False
 
 
 _is_traced = _look_for_torch
+
+
+def _is_exported():
+    """Whether torch runs this call for real, on tensors without memory."""
+    compiler = getattr(modules.get("torch"), "compiler", None)
+    return compiler is not None and compiler.is_compiling()
 
 
 def _torch_ops():
@@ -63,7 +69,12 @@ def _of_extension(function):
     def call(*arguments, **keywords):
         if _is_traced() or len(arguments) > num_positional:  # the latter: Python says what is wrong
             return function(*arguments, **keywords)
-        return direct(*arguments, **keywords)
+        try:
+            return direct(*arguments, **keywords)
+        except TypeError:
+            if not _is_exported():
+                raise
+        return function(*arguments, **keywords)
 
     return call
 
@@ -123,7 +134,7 @@ def fused_moe(
     """
     if not isinstance(routing, Routing):
         raise TypeError(f"routing: expected a fusedmoe.Routing, got {type(routing).__name__}")
-    return (_torch_ops() if _is_traced() else _C).fused_moe(
+    return (_torch_ops() if _is_traced() or _is_exported() else _C).fused_moe(
         hidden_states,
         w13,
         w2,
@@ -340,7 +351,7 @@ def route(
     Oracle: reference.route.
     """
     routing = _routing_of(routing, fields)
-    return (_torch_ops() if _is_traced() else _C).route(
+    return (_torch_ops() if _is_traced() or _is_exported() else _C).route(
         router_logits,
         routing.topk,
         routing.kernel_method,

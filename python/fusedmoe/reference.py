@@ -960,6 +960,30 @@ def compare(got, want, error, *, name="out"):
 
 _NO_NUMBERS = (math.nan, math.nan, math.nan, ())
 
+
+def unfused_rms(hidden_states, w13, w2, topk_weights, topk_ids, *, tokens=None):
+    """Relative RMS error of a layer whose kernels hand each other rounded tensors, as those of
+    SGLang do: gate and up, the activation's result, down's weighted rows, and at last the sum. All
+    else is exact; silu, gated.
+
+    Arguments as `fused_experts`; rounded to the dtype of hidden_states. Returns a float.
+    """
+    x, weights, ids = _sample(tokens, hidden_states, topk_weights, topk_ids)
+
+    def rounded(value):
+        return _f64(value.astype(x.dtype))
+
+    offsets, slots, row_of_slot = align(ids, w13.shape[0])
+    stored = np.zeros((int(offsets[-1]), w2.shape[1]))
+    for e, rows, of in _experts(offsets, slots):
+        gate, up = _split(rounded(_f64(x[of // ids.shape[1]]) @ _f64(w13[e]).T), True, "gate_up")
+        inner = rounded(gate * _sigmoid(gate) * up)
+        stored[rows] = rounded(inner @ _f64(w2[e]).T * _f64(weights).reshape(-1)[of][:, None])
+    want = fused_experts(x, w13, w2, weights, ids)
+    off = rounded(combine(stored, row_of_slot)) - want
+    return float(np.sqrt((off**2).sum() / (want**2).sum()))
+
+
 # -------------------------------------------------------------------------------------------------
 # Helpers
 # -------------------------------------------------------------------------------------------------
