@@ -223,11 +223,10 @@ typedef struct moe_plan {
     moe_backend backend;
     int32_t num_sms;
     int32_t smem_per_block;
-    int32_t clusters;     /* 1: the device has them */
     int64_t chunk_tokens; /* tokens per pass; num_tokens where one pass is enough */
     int64_t num_chunks;
     int32_t decode; /* 1: no align and no combine; gate_up and down read topk_ids themselves */
-    int32_t align_blocks; /* thread blocks; 1: one launch, else two */
+    int32_t align_blocks; /* thread blocks; one launch, where workspace.counts is used two */
     int32_t tile_rows;
     int32_t max_tiles; /* of one chunk */
     int32_t combine_vector_bytes;
@@ -281,9 +280,9 @@ void moe_plan_keep(moe_plan_cache *cache, const moe_problem *problem, moe_backen
 /* The row of route_variants.def that does what `args` say; -1: none, so moe_route_general_*. */
 int32_t moe_route_variant(const moe_route_args *args);
 
-/* Thread blocks that do both stages in one launch; 0: each has one of its own. */
-int32_t moe_route_align_blocks(const moe_plan *plan, const moe_route_args *route,
-                               const moe_align_args *align);
+/* Whether one launch does both stages on a GPU. */
+bool moe_route_aligns(const moe_plan *plan, const moe_route_args *route,
+                      const moe_align_args *align);
 
 /* Rows of gemm_variants.def by number; "cpu" for -1. */
 const char *moe_variant_name(int32_t row);

@@ -56,9 +56,8 @@ static int run_align(const run *r, const moe_align_args *a)
 
 static int run_route_align(const run *r, const moe_route_args *route, const moe_align_args *align)
 {
-    const int32_t blocks = on_gpu(r) ? moe_route_align_blocks(r->plan, route, align) : 0;
-    if (blocks > 0)
-        return moe_cuda_route_align(r->plan, route, align, blocks, r->device, r->stream, r->err);
+    if (on_gpu(r) && moe_route_aligns(r->plan, route, align))
+        return moe_cuda_route_align(r->plan, route, align, r->device, r->stream, r->err);
     if (run_route(r, route)) return r->err->status;
     return run_align(r, align);
 }

@@ -101,23 +101,21 @@ int32_t moe_route_variant(const moe_route_args *a)
     return -1;
 }
 
-int32_t moe_route_align_blocks(const moe_plan *plan, const moe_route_args *route,
-                               const moe_align_args *align)
+bool moe_route_aligns(const moe_plan *plan, const moe_route_args *route,
+                      const moe_align_args *align)
 {
     enum {
 #define MOE_ROUTE_ALIGN_VARIANT(name, held, packed, score, key, groups) FUSED_##name,
 #include "../kernels/route_variants.def"
         NUM_FUSED
     };
-    enum { STATIC_BYTES = 30 * 1024 }; /* of its shared memory: notes of 16 warps, ids, rows */
-    const int64_t tokens = route->num_tokens;
+    enum { STATIC_BYTES = 20 * 1024 }; /* of shared memory: notes of 16 warps, experts */
     const int32_t row = moe_route_variant(route), num_experts = align->num_experts;
-    if (row < 0 || row >= NUM_FUSED || num_experts > MOE_ROUTE_ALIGN_THREADS) return 0;
-    const int64_t slots = tokens * align->topk;
-    if (slots > MOE_ROUTE_ALIGN_SLOTS || tokens > (plan->clusters ? 128 : 16)) return 0;
-    if (MOE_ALIGN_SMEM_BYTES(num_experts, slots) + STATIC_BYTES > plan->smem_per_block) return 0;
-    /* four warps to a block, one for each of its schedulers, while there are blocks */
-    return !plan->clusters || tokens <= 4 ? 1 : tokens <= 8 ? 2 : tokens <= 16 ? 4 : 8;
+    if (row < 0 || row >= NUM_FUSED || num_experts > MOE_ROUTE_ALIGN_THREADS) return false;
+    /* measured: from here on one SM loses more than a launch takes */
+    if (route->num_tokens > (ROUTE_VARIANTS[row].packed ? 8 : 4)) return false;
+    const int64_t slots = route->num_tokens * align->topk;
+    return MOE_ALIGN_SMEM_BYTES(num_experts, slots) + STATIC_BYTES <= plan->smem_per_block;
 }
 
 void moe_default_device(moe_backend backend, int32_t num_sms, moe_device_info *info)
@@ -314,7 +312,14 @@ static int64_t take(int64_t *total, bool used, int64_t bytes)
     return at;
 }
 
-/* Thread blocks of align; 1 where one can hold all slots. */
+/* Whether align is one launch, in which every block counts all slots; measured. With more experts the counts of all blocks,
+ * which two launches need, are longer. */
+static bool aligns_at_once(int32_t num_experts, int64_t num_slots)
+{
+    return num_slots <= (num_experts <= 256 ? 16384 : 24576);
+}
+
+/* Thread blocks of align. */
 static int32_t align_blocks(const moe_plan *plan, int64_t num_slots)
 {
     const int32_t num_experts = plan->problem.num_experts;
@@ -323,10 +328,13 @@ static int32_t align_blocks(const moe_plan *plan, int64_t num_slots)
          MOE_ALIGN_SMEM_BYTES(num_experts, num_slots) + MOE_ALIGN_STATIC_BYTES <=
              plan->smem_per_block))
         return 1;
-    const int64_t blocks = ceil_div(num_slots, MOE_ALIGN_THREADS / 2);
-    /* every block reads the counts of all: with many experts that grows faster than the blocks shrink */
-    const int64_t most = num_experts <= 256 ? 2 * MOE_ALIGN_MAX_BLOCKS : MOE_ALIGN_MAX_BLOCKS;
-    return (int32_t)(blocks < 2 ? 2 : min64(blocks, most));
+    if (aligns_at_once(num_experts, num_slots))
+        return (int32_t)min64(ceil_div(num_slots, MOE_ALIGN_SHARE_SLOTS), MOE_ALIGN_WHOLE_BLOCKS);
+    /* every block reads the counts of all, which are long where there are many experts */
+    const int64_t most = num_slots >= 1 << 18                        ? 128
+                         : num_experts > 128 && num_slots <= 1 << 15 ? 32
+                                                                     : 64;
+    return (int32_t)min64(ceil_div(num_slots, 512), most);
 }
 
 static int64_t most_tiles(const moe_problem *p, int64_t num_slots, int32_t tile_rows)
@@ -340,12 +348,8 @@ static void lay_out(const moe_plan *plan, int64_t chunk_tokens, moe_workspace *w
     const moe_problem *p = &plan->problem;
     const bool gpu = plan->backend == MOE_CUDA, layer = is_layer(p),
                block = p->operation == MOE_OP_ALIGN_BLOCK;
-    const bool list =
-        gpu && (block || aligns(p) || needs(p, MOE_OP_GATE_UP) || needs(p, MOE_OP_DOWN));
+    const bool list = gpu && (needs(p, MOE_OP_GATE_UP) || needs(p, MOE_OP_DOWN)); /* who reads it */
     const int64_t slots = chunk_tokens * p->topk, bytes = moe_dtype_bytes(p->dtype);
-    const int32_t blocks = align_blocks(plan, slots);
-    /* the same on every GPU: with many experts one with less shared memory needs two blocks earlier */
-    const int32_t reserved = blocks < 2 && p->num_experts > 512 ? 2 : blocks;
     int64_t total = 0;
     w->topk_weights = take(&total, layer && p->routed, slots * 4);
     w->topk_ids = take(&total, layer && p->routed, slots * 4);
@@ -355,8 +359,8 @@ static void lay_out(const moe_plan *plan, int64_t chunk_tokens, moe_workspace *w
     w->tiles =
         take(&total, list, most_tiles(p, slots, SMALLEST_TILE_ROWS) * (int64_t)sizeof(moe_tile));
     w->num_tiles = take(&total, list, 12); /* and two counters behind it */
-    w->counts = take(&total, gpu && (block || aligns(p)) && reserved > 1,
-                     (int64_t)reserved * p->num_experts * 4);
+    w->counts = take(&total, gpu && (block || aligns(p)) && !aligns_at_once(p->num_experts, slots),
+                     (int64_t)align_blocks(plan, slots) * p->num_experts * 4);
     w->intermediate = take(&total, layer, slots * plan->intermediate_stride * bytes);
     w->rows = take(&total, layer, slots * plan->rows_stride * bytes);
     w->total = total;
@@ -562,8 +566,7 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
     plan->backend = device->backend;
     plan->num_sms = device->num_sms;
     plan->smem_per_block = device->smem_per_block;
-    plan->clusters = device->hopper; /* also says that code for sm_90 is what runs */
-    plan->deterministic = 1;         /* every kernel there is */
+    plan->deterministic = 1; /* every kernel there is */
     const int64_t bytes = moe_dtype_bytes(p->dtype);
     plan->intermediate_stride = round_up(p->intermediate_size, 16 / bytes);
     plan->rows_stride = round_up(p->hidden_size, 16 / bytes);
@@ -593,7 +596,7 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
     const double chunks = (double)plan->num_chunks;
     plan->bytes = chunks * (plan->gate_up.bytes + plan->down.bytes + combine_bytes);
     plan->flops = chunks * (plan->gate_up.flops + plan->down.flops);
-    const int32_t align_launches = plan->decode ? 0 : plan->align_blocks > 1 ? 2 : 1;
+    const int32_t align_launches = plan->decode ? 0 : plan->workspace.counts >= 0 ? 2 : 1;
     const int32_t combine_launches = plan->decode ? 0 : 1;
     if (plan->backend == MOE_CUDA) {
         const double combine_us =

@@ -5,49 +5,88 @@
  *        sorted_token_ids  [num_rows]          row -> token * topk + slot; ascending within an expert
  *        row_of_slot       [num_slots]         slot -> row, -1 where dropped
  *        tiles, num_tiles                      each expert's rows in pieces of tile_rows, experts in order
- * Scratch counts           [num_blocks, num_experts]  rows of a block's slots
+ * Scratch counts           [num_blocks, num_experts]  rows of a block's slots, of moe_align_place
  * Math   integers; a slot's row is the number of slots before it in (expert, slot) order: the same every run
- * Grid   num_blocks == 1: moe_align_one, one block. Else moe_align_count and moe_align_place, num_blocks each.
+ * Grid   num_blocks. Up to MOE_ALIGN_WHOLE_SLOTS slots moe_align_whole, where every block counts all slots; else
+ *        moe_align_count, where it counts its own, and moe_align_place, where it adds up the counts of all.
  *        moe_align_tiles (one): the tiles of given expert_offsets.
  *        moe_align_pad (any): counts, and the rows padded to blocks, from given offsets and rows.
  *        A thread for each expert at least, MOE_ALIGN_SMEM_BYTES of dynamic shared memory where slots are placed
- * Needs  num_experts 1 .. 1024, num_slots < 2^31, max_tiles tiles of room
- * Cost   at decode latency: a load, five block barriers, a scan. From 4096 slots two launches, of which the second reads
- *        the counts of all blocks in each */
+ * Needs  num_experts 1 .. 1024, num_slots < 2^31, max_tiles tiles of room; moe_align_whole: a thread for each slot of a
+ *        block
+ * Cost   latency: a launch, a load, three barriers, a scan; then the stores of sorted_token_ids, which an SM does one
+ *        by one (6 cycles each): so many blocks, although each counts all slots */
 #include "align.cuh"
 
 static constexpr int kThreads = MOE_ALIGN_THREADS;
 static_assert(kThreads >= kMaxExperts, "a thread for each expert");
-static_assert(kThreads >= MOE_ALIGN_ONE_SLOTS, "a thread for each slot of moe_align_one");
+static_assert(kThreads >= MOE_ALIGN_ONE_SLOTS, "a thread for each slot of a block that is alone");
 
-// The slots of this block: a contiguous part, equal but for the last.
-static __device__ __forceinline__ void block_slots(const moe_align_args &args, int64_t &begin,
-                                                   int64_t &end)
+// The slots of this block: a contiguous part, equal but for the last. How many, at most: a multiple of 4.
+static __device__ __forceinline__ int64_t block_slots(const moe_align_args &args, int64_t &begin,
+                                                      int64_t &end)
 {
     int64_t num_slots = args.num_tokens * args.topk;
-    int64_t share = (num_slots + args.num_blocks - 1) / args.num_blocks;
+    int64_t share = (num_slots + 4 * args.num_blocks - 1) / (4 * args.num_blocks) * 4;
     begin = min(share * static_cast<int64_t>(blockIdx.x), num_slots);
     end = min(begin + share, num_slots);
+    return share;
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
-    moe_align_one(const __grid_constant__ moe_align_args args)
+    moe_align_whole(const __grid_constant__ moe_align_args args)
 {
     extern __shared__ uint4 memory[];
-    __shared__ int32_t rows[kMaxExperts];
-    int32_t num_slots = static_cast<int32_t>(args.num_tokens * args.topk);
-    const bit_matrix matrix(memory, args.num_experts, num_slots);
+    __shared__ int16_t
+        expert_of[2 * MOE_ALIGN_SHARE_SLOTS]; // of the block's slots, where it is not alone
+    int64_t begin, end;
+    const int32_t share = static_cast<int32_t>(block_slots(args, begin, end));
+    const int32_t first = static_cast<int32_t>(begin),
+                  num_slots = static_cast<int32_t>(end) - first;
+    const int32_t num_experts = args.num_experts;
+    const bit_matrix matrix(memory, num_experts, share);
+    // Slots of other blocks, of each expert: in front of this block's, then behind.
+    uint32_t *others = static_cast<uint32_t *>(matrix.spare);
+    const bool alone = gridDim.x == 1, has = threadIdx.x < num_experts;
     matrix.clear();
+    for (int32_t i = threadIdx.x; !alone && i < 2 * num_experts; i += blockDim.x)
+        others[i] = 0;
+    __syncthreads();
     grid_dependency_wait();
     grid_launch_dependents();
-    int32_t slot = threadIdx.x; // there is a thread for each
-    int32_t expert = slot < num_slots ? load_expert(args, slot) : -1;
-    __syncthreads(); // cleared
-    if (expert >= 0) matrix.set(expert, slot);
+    const int32_t slot = threadIdx.x; // there is a thread for each of the block's
+    int32_t expert = -1, before = 0;
+    if (alone) {
+        if (slot < num_slots) expert = local_expert(args, load_id(args, slot));
+        if (expert >= 0) matrix.set(expert, slot);
+    } else {
+        // A share is a multiple of 4: of four slots all are the block's or none.
+        visit_slots(args, [&](int32_t any, const int32_t(&to)[4], int32_t n) {
+            const int32_t at = any - first;
+            uint32_t *count = others + (at < 0 ? 0 : num_experts);
+            if (at < 0 || at >= num_slots) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j)
+                    if (to[j] >= 0) atomicAdd(count + to[j], 1);
+            } else {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    if (j < n) expert_of[at + j] = static_cast<int16_t>(to[j]);
+                    if (to[j] >= 0) matrix.set(to[j], at + j);
+                }
+            }
+        });
+    }
     __syncthreads();
-    place_experts(args, matrix, count_rows(matrix, rows));
+    int32_t rows = matrix.count_rows();
+    if (!alone) {
+        if (has) before = others[threadIdx.x];
+        if (has) rows += before + others[num_experts + threadIdx.x];
+        if (slot < num_slots) expert = expert_of[slot];
+    }
+    place_experts(args, matrix, rows, before);
     __syncthreads();
-    if (slot < num_slots) place_slot(args, matrix, 0, slot, expert);
+    if (slot < num_slots) place_slot(args, matrix, first + slot, slot, expert);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
@@ -63,16 +102,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     grid_dependency_wait();
     grid_launch_dependents();
     for (; begin < end; begin += kAhead * threads) {
-        int32_t expert[kAhead];
+        int64_t id[kAhead];
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
             int64_t slot = begin + i * threads + threadIdx.x;
-            expert[i] = slot < end ? load_expert(args, slot) : -1;
+            id[i] = slot < end ? load_id(args, slot) : 0;
         }
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i)
-            if (expert[i] >= 0)
-                atomicAdd(&count[expert[i]], 1); // a count: any order gives the same
+        for (int i = 0; i < kAhead; ++i) {
+            if (begin + i * threads + threadIdx.x >= end) break;
+            int32_t expert = local_expert(args, id[i]);
+            if (expert >= 0) atomicAdd(&count[expert], 1); // a count: any order gives the same
+        }
     }
     __syncthreads();
     int32_t *out = args.counts + static_cast<int64_t>(blockIdx.x) * args.num_experts;
@@ -80,74 +121,86 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // Every block adds up the counts of all and makes all starts again: that is shorter than a launch that does it once.
+// It follows moe_align_count, which let it begin after its own wait: whatever topk_ids hold was complete then, and the
+// first slots are in the matrix by the time the counts are there. It writes nothing before its wait.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     moe_align_place(const __grid_constant__ moe_align_args args)
 {
     extern __shared__ uint4 memory[];
-    __shared__ int32_t rows[kMaxExperts],
-        mine[kMaxExperts]; // of all blocks; of those before this one
-    constexpr int kAhead = 8;
+    constexpr int kAhead = 16, kPer = 4; // counts that are under way together; slots of a thread
     const int32_t num_experts = args.num_experts, threads = blockDim.x;
     int64_t begin, end;
     block_slots(args, begin, end);
-    // no more slots at a time than the block has threads, either
-    const int32_t piece = min(threads, MOE_ALIGN_PIECE_SLOTS(num_experts));
+    const int32_t piece = min(kPer * threads, MOE_ALIGN_PIECE_SLOTS(num_experts));
     const bit_matrix matrix(memory, num_experts, piece);
+    int32_t *rows = static_cast<int32_t *>(matrix.spare), // of all blocks
+        *before = rows + num_experts;                     // of those in front of this one
+    const bool has = threadIdx.x < num_experts;
     matrix.clear();
-    rows[threadIdx.x] = mine[threadIdx.x] = 0;
+    if (has) rows[threadIdx.x] = before[threadIdx.x] = 0;
     __syncthreads();
+    int32_t expert[kPer];
+    auto take = [&] {
+        const int32_t left = static_cast<int32_t>(min(end - begin, static_cast<int64_t>(piece)));
+        int64_t id[kPer];
+#pragma unroll
+        for (int i = 0; i < kPer; ++i) {
+            int32_t slot = i * threads + threadIdx.x;
+            id[i] = slot < left ? load_id(args, begin + slot) : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kPer; ++i) {
+            int32_t slot = i * threads + threadIdx.x;
+            expert[i] = slot < left ? local_expert(args, id[i]) : -1;
+            if (expert[i] >= 0) matrix.set(expert[i], slot);
+        }
+        __syncthreads();
+        return left;
+    };
+    int32_t num_slots = take(), counted = matrix.count_rows();
     grid_dependency_wait();
     grid_launch_dependents();
     const int32_t lot = threads / num_experts, part = threadIdx.x / num_experts;
-    const int32_t expert = threadIdx.x - part * num_experts;
-    int32_t to =
-        begin + threadIdx.x < min(end, begin + piece) ? load_expert(args, begin + threadIdx.x) : -1;
+    const int32_t of = threadIdx.x - part * num_experts;
     if (part < lot) {
-        int32_t all = 0, before = 0;
+        int32_t all = 0, in_front = 0;
         for (int32_t b = part; b < args.num_blocks; b += kAhead * lot) {
             int32_t count[kAhead];
 #pragma unroll
             for (int i = 0; i < kAhead; ++i)
                 count[i] = b + i * lot < args.num_blocks
-                               ? args.counts[(b + i * lot) * num_experts + expert]
+                               ? args.counts[(b + i * lot) * num_experts + of]
                                : 0;
 #pragma unroll
             for (int i = 0; i < kAhead; ++i) {
                 all += count[i];
-                if (b + i * lot < static_cast<int32_t>(blockIdx.x)) before += count[i];
+                if (b + i * lot < static_cast<int32_t>(blockIdx.x)) in_front += count[i];
             }
         }
-        if (all) atomicAdd(&rows[expert], all);
-        if (before) atomicAdd(&mine[expert], before);
+        if (all) atomicAdd(&rows[of], all);
+        if (in_front) atomicAdd(&before[of], in_front);
     }
     __syncthreads();
-    {
-        int32_t own = threadIdx.x < num_experts ? rows[threadIdx.x] : 0;
-        int32_t tiles = tiles_of(args, own);
-        expert_scan scan = scan_experts(num_experts, own, tiles);
-        if (threadIdx.x < num_experts)
-            matrix.start[threadIdx.x] = scan.first_row + mine[threadIdx.x];
-        if (blockIdx.x == gridDim.x - 1) { // has the fewest slots
-            if (threadIdx.x < num_experts) args.expert_offsets[threadIdx.x] = scan.first_row;
-            if (threadIdx.x == 0) args.expert_offsets[num_experts] = scan.num_rows;
-            write_tiles(args, threadIdx.x, own, tiles, scan.first_row, scan);
+    place_experts(args, matrix, has ? rows[threadIdx.x] : 0, has ? before[threadIdx.x] : 0);
+    __syncthreads();
+    for (;;) {
+#pragma unroll
+        for (int i = 0; i < kPer; ++i) {
+            int32_t slot = i * threads + threadIdx.x;
+            if (slot < num_slots)
+                place_slot(args, matrix, static_cast<int32_t>(begin) + slot, slot, expert[i]);
         }
-    }
-    for (; begin < end; begin += piece) {
-        int32_t num_slots = static_cast<int32_t>(min(end - begin, static_cast<int64_t>(piece)));
-        int32_t slot = threadIdx.x;
-        if (to >= 0) matrix.set(to, slot);
+        begin += piece;
+        if (begin >= end) break;
         __syncthreads();
-        int32_t counted = count_rows(matrix, rows);
-        __syncthreads();
-        if (slot < num_slots) place_slot(args, matrix, begin, slot, to);
-        if (begin + piece >= end) break;
-        to = begin + piece + slot < min(end, begin + 2 * piece)
-                 ? load_expert(args, begin + piece + slot)
-                 : -1;
-        __syncthreads();
-        if (threadIdx.x < num_experts) matrix.start[threadIdx.x] += counted;
+        if (has) {
+            matrix.places[threadIdx.x].start += counted;
+            matrix.places[threadIdx.x].before += counted;
+        }
         matrix.clear();
+        __syncthreads();
+        num_slots = take();
+        counted = matrix.count_rows();
         __syncthreads();
     }
 }
@@ -166,7 +219,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
     int32_t tiles = tiles_of(args, rows);
     expert_scan scan = scan_experts(args.num_experts, 0, tiles);
-    write_tiles(args, expert, rows, tiles, first, scan);
+    if (expert == 0) write_num_tiles(args, scan.num_tiles);
+    write_tiles(args, first, rows, tiles, scan.first_tile);
 }
 
 // Every block makes all starts again: a scan of a few hundred counts is shorter than a launch.

@@ -1,6 +1,6 @@
 /* align.cuh: how a block sorts a piece of the slots by expert, stable: a matrix of bits in shared memory, bit s of row e
- * where slot s goes to expert e. Bits are set in any order and give the same matrix; a slot's place among those of
- * its expert is the number of bits before its own. */
+ * where slot s goes to expert e, and counts of the bits of every 128 slots. Both are made by atomics whose order does
+ * not show; a slot's place among those of its expert is the number of bits before its own. */
 #ifndef MOE_ALIGN_CUH
 #define MOE_ALIGN_CUH
 
@@ -10,29 +10,37 @@
 
 static constexpr int kMaxExperts = 1024;
 
+// What a block has to know of an expert to place its slots.
+struct alignas(16) expert_place {
+    int32_t start;            // row of the block's first slot
+    int32_t before;           // rows of the expert in front of it
+    int32_t rows, first_tile; // of the expert
+};
+
 // Views into dynamic shared memory, MOE_ALIGN_SMEM_BYTES of it.
 struct bit_matrix {
-    uint32_t *bits;         // [num_experts, 4 * steps]
-    int32_t *start;         // [num_experts] row of the expert's first slot of this piece
-    unsigned short *before; // [num_experts, steps] bits of the row in front of the step
+    expert_place *places; // [num_experts]
+    uint32_t *bits;       // [num_experts, 4 * steps]
+    uint32_t *
+        counts; // [ceil(steps / 2), num_experts] bits of a step, 16 bits each; then those in front of it
+    void *spare; // 16 bytes an expert, for the kernel
     int32_t num_experts, steps;
 
     __device__ __forceinline__ bit_matrix(void *memory, int32_t experts, int32_t num_slots)
     {
         num_experts = experts;
         steps = MOE_ALIGN_STEPS(num_slots);
-        bits = static_cast<uint32_t *>(memory);
-        start = reinterpret_cast<int32_t *>(bits + 4 * steps * num_experts);
-        before = reinterpret_cast<unsigned short *>(start + num_experts);
-    }
-    __device__ __forceinline__ uint4 *step(int32_t expert, int32_t at) const
-    {
-        return reinterpret_cast<uint4 *>(bits) + expert * steps + at;
+        places = static_cast<expert_place *>(memory);
+        bits = reinterpret_cast<uint32_t *>(places + num_experts);
+        counts = bits + 4 * steps * num_experts;
+        spare = counts + (steps + 1) / 2 * num_experts;
     }
     __device__ __forceinline__ void clear() const
     {
         for (int32_t i = threadIdx.x; i < num_experts * steps; i += blockDim.x)
-            *step(0, i) = make_uint4(0, 0, 0, 0);
+            reinterpret_cast<uint4 *>(bits)[i] = make_uint4(0, 0, 0, 0);
+        for (int32_t i = threadIdx.x; i < num_experts * ((steps + 1) / 2); i += blockDim.x)
+            counts[i] = 0;
     }
     // The four words of a step stand in an order that hangs on the expert, so that a warp, whose slots are in the same
     // word of different rows, finds them in 32 banks and not in 8.
@@ -40,91 +48,38 @@ struct bit_matrix {
     __device__ __forceinline__ void set(int32_t expert, int32_t slot) const
     {
         atomicOr(bits + 4 * steps * expert + (slot / 32 ^ swap(expert)), 1u << slot % 32);
+        atomicAdd(counts + slot / 256 * num_experts + expert, slot & 128 ? 1u << 16 : 1u);
     }
-    // The row of a slot, of a piece whose bits and counts are complete.
-    __device__ __forceinline__ int32_t row(int32_t expert, int32_t slot) const
+    // The rows of the thread's expert, of a matrix that is complete; counts become those in front of each step.
+    __device__ __forceinline__ int32_t count_rows() const
     {
-        uint4 words = *step(expert, slot / 128);
+        if (threadIdx.x >= num_experts) return 0;
+        uint32_t sum = 0, *of = counts + threadIdx.x;
+#pragma unroll 4
+        for (int32_t i = 0; i < steps; i += 2, of += num_experts) {
+            uint32_t two = *of, through = sum + (two & 0xffffu);
+            *of = sum | through << 16;
+            sum = through + (two >> 16);
+        }
+        return static_cast<int32_t>(sum);
+    }
+    // How many bits of the expert's row are in front of the slot's. After count_rows.
+    __device__ __forceinline__ int32_t before(int32_t expert, int32_t slot) const
+    {
+        uint4 words = reinterpret_cast<const uint4 *>(bits)[expert * steps + slot / 128];
         uint32_t held[4] = {words.x, words.y, words.z, words.w};
-        int32_t row = start[expert] + before[expert * steps + slot / 128], word = slot / 32 % 4;
+        int32_t word = slot / 32 % 4;
+        uint32_t two = counts[slot / 256 * num_experts + expert];
+        int32_t sum = static_cast<int32_t>(slot & 128 ? two >> 16 : two & 0xffffu);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             int32_t which = i ^ swap(expert);
             uint32_t mask = which < word ? ~0u : which == word ? (1u << slot % 32) - 1 : 0;
-            row += __popc(held[i] & mask);
-        }
-        return row;
-    }
-};
-
-static __device__ __forceinline__ int32_t count_bits(const uint4 &words)
-{
-    return __popc(words.x) + __popc(words.y) + __popc(words.z) + __popc(words.w);
-}
-
-// The rows of the thread's expert, and `before`. A thread for each expert; rows is scratch for num_experts of them.
-static __device__ __forceinline__ int32_t count_rows(const bit_matrix &matrix, int32_t *rows)
-{
-    constexpr int kAhead = 5; // steps of a thread that are under way together
-    const int32_t steps = matrix.steps, num_experts = matrix.num_experts;
-    int32_t expert = threadIdx.x, sum = 0;
-    if (steps <= kAhead) {
-        if (expert >= num_experts) return 0;
-        int32_t count[kAhead];
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i)
-            count[i] = i < steps ? count_bits(*matrix.step(expert, i)) : 0;
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            if (i < steps) matrix.before[expert * steps + i] = static_cast<unsigned short>(sum);
-            sum += count[i];
+            sum += __popc(held[i] & mask);
         }
         return sum;
     }
-    // Neighbouring threads share a row where there are more of them than rows. Shifts: a division takes longer.
-    int32_t log2_parts = 0, lane = threadIdx.x % 32;
-    while (num_experts << (log2_parts + 1) <= static_cast<int32_t>(blockDim.x) && log2_parts < 4 &&
-           kAhead << log2_parts < steps)
-        ++log2_parts;
-    int32_t parts = 1 << log2_parts, part = lane & (parts - 1);
-    int32_t share = (steps + parts - 1) >> log2_parts;
-    int32_t begin = part * share, end = min(begin + share, steps);
-    int32_t first = (threadIdx.x - lane) >> log2_parts, of = first + (lane >> log2_parts);
-    if (first < num_experts) {
-        bool mine = of < num_experts, once = share <= kAhead;
-        int32_t count[kAhead];
-        for (int32_t at = begin; mine && at < end; at += kAhead) {
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
-                count[i] = at + i < end ? count_bits(*matrix.step(of, at + i)) : 0;
-                sum += count[i];
-            }
-        }
-        int32_t through = sum;
-        for (int32_t offset = 1; offset < parts; offset *= 2) {
-            int32_t below = __shfl_up_sync(0xffffffffu, through, offset, parts);
-            if (part >= offset) through += below;
-        }
-        int32_t before = through - sum;
-        for (int32_t at = begin; mine && at < end; at += kAhead) {
-            // Counting is the slowest of it, 16 words a cycle: not again where the counts are still here.
-            if (!once) {
-#pragma unroll
-                for (int i = 0; i < kAhead; ++i)
-                    count[i] = at + i < end ? count_bits(*matrix.step(of, at + i)) : 0;
-            }
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
-                if (at + i < end)
-                    matrix.before[of * steps + at + i] = static_cast<unsigned short>(before);
-                before += count[i];
-            }
-        }
-        if (mine && part == parts - 1) rows[of] = through;
-    }
-    __syncthreads();
-    return expert < num_experts ? rows[expert] : 0;
-}
+};
 
 // The expert that an id goes to, or -1.
 static __device__ __forceinline__ int32_t local_expert(const moe_align_args &args, int64_t id)
@@ -132,16 +87,55 @@ static __device__ __forceinline__ int32_t local_expert(const moe_align_args &arg
     return expert_of_id(args, id, [](const int32_t *entry) { return *entry; });
 }
 
-static __device__ __forceinline__ int32_t load_expert(const moe_align_args &args, int64_t slot)
+// Apart from local_expert, whose branches would make of several loads one after the other.
+static __device__ __forceinline__ int64_t load_id(const moe_align_args &args, int64_t slot)
 {
     int64_t at = slot;
     if (args.ids_stride != args.topk) {
         int32_t token = static_cast<int32_t>(slot) / args.topk;
         at = token * args.ids_stride + (static_cast<int32_t>(slot) - token * args.topk);
     }
-    return local_expert(args, args.ids_dtype == MOE_I64
-                                  ? static_cast<const int64_t *>(args.topk_ids)[at]
-                                  : static_cast<const int32_t *>(args.topk_ids)[at]);
+    return args.ids_dtype == MOE_I64 ? static_cast<const int64_t *>(args.topk_ids)[at]
+                                     : static_cast<const int32_t *>(args.topk_ids)[at];
+}
+
+// visit(slot, experts, n) for all slots, four at a time, the last of them one at a time (n), in any order, by all threads
+// of the block; an expert is -1 where the slot is dropped.
+template <class Visit>
+static __device__ __forceinline__ void visit_slots(const moe_align_args &args, Visit visit)
+{
+    constexpr int kAhead = 2; // loads of a thread that are under way together
+    const int32_t num_slots = static_cast<int32_t>(args.num_tokens * args.topk);
+    const int4 *ids = static_cast<const int4 *>(args.topk_ids);
+    const bool whole = args.ids_dtype == MOE_I32 && args.ids_stride == args.topk &&
+                       reinterpret_cast<uintptr_t>(ids) % 16 == 0;
+    const bool plain = !args.expert_map && args.expert_start == 0; // the id is the expert
+    const int32_t whole_end = whole ? num_slots / 4 * 4 : 0;
+    auto local = [&](int32_t id) {
+        return static_cast<uint32_t>(id) < static_cast<uint32_t>(args.num_experts) ? id : -1;
+    };
+    for (int32_t first = 4 * threadIdx.x; first < whole_end; first += 4 * kAhead * blockDim.x) {
+        int4 four[kAhead];
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            int32_t slot = first + 4 * i * blockDim.x;
+            if (slot < whole_end) four[i] = ids[slot / 4];
+        }
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i) {
+            int32_t slot = first + 4 * i * blockDim.x;
+            if (slot >= whole_end) break;
+            int32_t expert[4] = {four[i].x, four[i].y, four[i].z, four[i].w};
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                expert[j] = plain ? local(expert[j]) : local_expert(args, expert[j]);
+            visit(slot, expert, 4);
+        }
+    }
+    for (int32_t slot = whole_end + threadIdx.x; slot < num_slots; slot += blockDim.x) {
+        int32_t expert[4] = {local_expert(args, load_id(args, slot)), -1, -1, -1};
+        visit(slot, expert, 1);
+    }
 }
 
 // A thread for each expert: the number of rows in front of its own, and of tiles; the sums. Two barriers around it
@@ -183,66 +177,96 @@ static __device__ __forceinline__ expert_scan scan_experts(int32_t num_experts, 
     return scan;
 }
 
+// Tiles are as high as a power of two, but need not be: a division takes longer than all else about them.
+static __device__ __forceinline__ uint32_t divide_by_height(const moe_align_args &args, uint32_t x)
+{
+    uint32_t height = args.tile_rows;
+    return height & (height - 1) ? x / height : x >> (31 - __clz(height));
+}
+
 static __device__ __forceinline__ int32_t tiles_of(const moe_align_args &args, int32_t rows)
 {
     if (!args.tiles) return 0;
-    if (rows <= args.tile_rows) return rows > 0; // at decode all of them: no division
-    return static_cast<int32_t>((static_cast<uint32_t>(rows) + args.tile_rows - 1) /
-                                static_cast<uint32_t>(args.tile_rows));
+    return static_cast<int32_t>(
+        divide_by_height(args, static_cast<uint32_t>(rows) + args.tile_rows - 1));
 }
 
 // The tiles of the thread's expert: it writes up to kOwnTiles, its warp what is more.
-static __device__ __forceinline__ void write_tiles(const moe_align_args &args, int32_t expert,
-                                                   int32_t rows, int32_t tiles, int32_t first_row,
-                                                   const expert_scan &scan)
+static __device__ __forceinline__ void write_tiles(const moe_align_args &args, int32_t first_row,
+                                                   int32_t rows, int32_t tiles, int32_t first_tile)
 {
     constexpr int kOwnTiles = 8;
-    if (!args.tiles) return;
-    int32_t lane = threadIdx.x % 32;
+    int32_t lane = threadIdx.x % 32, expert = threadIdx.x;
     auto write = [&](int32_t at, int32_t to, int32_t begin, int32_t left) {
         if (at < args.max_tiles) args.tiles[at] = {to, begin, min(left, args.tile_rows), 0};
     };
-    if (threadIdx.x == 0) {
-        args.num_tiles[0] = min(scan.num_tiles, args.max_tiles);
-        args.num_tiles[1] = args.num_tiles[2] = 0; // taken by gate_up, by down (gemm_wgmma.cuh)
-    }
     for (int32_t i = 0; i < min(tiles, kOwnTiles); ++i)
-        write(scan.first_tile + i, expert, first_row + i * args.tile_rows,
-              rows - i * args.tile_rows);
+        write(first_tile + i, expert, first_row + i * args.tile_rows, rows - i * args.tile_rows);
     uint32_t more = __ballot_sync(0xffffffffu, tiles > kOwnTiles);
     for (; more; more &= more - 1) {
         int32_t from = __ffs(more) - 1;
         int32_t their_tiles = __shfl_sync(0xffffffffu, tiles, from);
         int32_t their_rows = __shfl_sync(0xffffffffu, rows, from);
         int32_t their_row = __shfl_sync(0xffffffffu, first_row, from);
-        int32_t their_tile = __shfl_sync(0xffffffffu, scan.first_tile, from);
+        int32_t their_tile = __shfl_sync(0xffffffffu, first_tile, from);
         for (int32_t i = kOwnTiles + lane; i < their_tiles; i += 32)
             write(their_tile + i, expert - lane + from, their_row + i * args.tile_rows,
                   their_rows - i * args.tile_rows);
     }
 }
 
-// Rows of the thread's expert -> start[e], expert_offsets, tiles. A barrier behind it is the caller's.
-static __device__ __forceinline__ void place_experts(const moe_align_args &args,
-                                                     const bit_matrix &matrix, int32_t rows)
+static __device__ __forceinline__ void write_num_tiles(const moe_align_args &args, int32_t tiles)
 {
-    int32_t expert = threadIdx.x, tiles = tiles_of(args, rows);
-    expert_scan scan = scan_experts(args.num_experts, rows, tiles);
-    if (expert < args.num_experts) {
-        matrix.start[expert] = scan.first_row;
-        args.expert_offsets[expert] = scan.first_row;
-    }
-    if (expert == 0) args.expert_offsets[args.num_experts] = scan.num_rows;
-    write_tiles(args, expert, rows, tiles, scan.first_row, scan);
+    args.num_tiles[0] = min(tiles, args.max_tiles);
+    args.num_tiles[1] = args.num_tiles[2] = 0; // taken by gate_up, by down (gemm_wgmma.cuh)
 }
 
-static __device__ __forceinline__ void place_slot(const moe_align_args &args,
-                                                  const bit_matrix &matrix, int64_t begin,
-                                                  int32_t slot, int32_t expert)
+// A block that is alone writes an expert's tiles by the expert's thread; of many blocks each those that begin with one of
+// its slots, which is an even share of them wherever the slots go.
+static __device__ __forceinline__ bool tiles_by_slot(const moe_align_args &args)
 {
-    int32_t row = expert >= 0 ? matrix.row(expert, slot) : -1;
-    args.row_of_slot[begin + slot] = row;
-    if (row >= 0) args.sorted_token_ids[row] = static_cast<int32_t>(begin + slot);
+    return args.tiles && gridDim.x > 1;
+}
+
+// Rows of the thread's expert, all and in front of this block's -> its place; by one block expert_offsets, num_tiles.
+// A barrier behind it is the caller's.
+static __device__ __forceinline__ void
+place_experts(const moe_align_args &args, const bit_matrix &matrix, int32_t rows, int32_t before)
+{
+    const int32_t expert = threadIdx.x, tiles = tiles_of(args, rows);
+    const expert_scan scan = scan_experts(args.num_experts, rows, tiles);
+    const bool last = blockIdx.x == gridDim.x - 1; // has the fewest slots
+    if (expert < args.num_experts) {
+        matrix.places[expert] = {scan.first_row + before, before, rows, scan.first_tile};
+        if (last) args.expert_offsets[expert] = scan.first_row;
+    }
+    if (last && expert == 0) {
+        args.expert_offsets[args.num_experts] = scan.num_rows;
+        if (args.tiles) write_num_tiles(args, scan.num_tiles);
+    }
+    if (args.tiles && !tiles_by_slot(args))
+        write_tiles(args, scan.first_row, rows, tiles, scan.first_tile);
+}
+
+// A slot, the block's at-th.
+static __device__ __forceinline__ void place_slot(const moe_align_args &args,
+                                                  const bit_matrix &matrix, int32_t slot,
+                                                  int32_t at, int32_t expert)
+{
+    if (expert < 0) {
+        args.row_of_slot[slot] = -1;
+        return;
+    }
+    const expert_place &place = matrix.places[expert];
+    const int32_t own = matrix.before(expert, at), row = place.start + own;
+    args.row_of_slot[slot] = row;
+    args.sorted_token_ids[row] = slot;
+    if (!tiles_by_slot(args)) return;
+    const int32_t within = place.before + own;
+    const int32_t tile = static_cast<int32_t>(divide_by_height(args, within));
+    const int32_t number = place.first_tile + tile;
+    if (tile * args.tile_rows == within && number < args.max_tiles)
+        args.tiles[number] = {expert, row, min(place.rows - within, args.tile_rows), 0};
 }
 
 #endif

@@ -186,9 +186,9 @@ typedef struct moe_align_args {
     int32_t *expert_offsets;   /* [num_experts + 1], written: exclusive scan of rows per expert */
     int32_t *sorted_token_ids; /* [num_slots], written below num_rows: row -> token * topk + slot */
     int32_t *row_of_slot;      /* [num_slots], written: slot -> row, -1 where dropped */
-    moe_tile *tiles;           /* [max_tiles], written below num_tiles, or NULL (CPU) */
-    int32_t *num_tiles; /* [3], written: tiles; 0, 0: taken by gate_up, by down; or NULL (CPU) */
-    int32_t *counts;    /* [num_blocks, num_experts] scratch, or NULL where num_blocks is 1 */
+    moe_tile *tiles;    /* [max_tiles], written below num_tiles, or NULL: nobody reads them */
+    int32_t *num_tiles; /* [3], written: tiles; 0, 0: taken by gate_up, by down; or NULL as tiles */
+    int32_t *counts;    /* [num_blocks, num_experts] scratch, or NULL where one launch does all */
     int64_t ids_stride; /* from row to row */
     int64_t expert_start;
     int64_t expert_map_size;
@@ -198,7 +198,7 @@ typedef struct moe_align_args {
     int32_t ids_dtype;  /* MOE_I32, MOE_I64 */
     int32_t tile_rows;  /* rows per tile */
     int32_t max_tiles;  /* capacity of tiles */
-    int32_t num_blocks; /* thread blocks that share the slots; 1: one launch does all */
+    int32_t num_blocks; /* thread blocks that share the slots */
 } moe_align_args;
 
 /* Stages 1 and 2 in one launch, for few tokens. */
@@ -399,23 +399,26 @@ typedef struct moe_combine_args {
 #define MOE_GEMM_WEIGHT_BOX_sm90a_decode(cols) (cols)
 #define MOE_GEMM_TOKEN_BOX_sm90a_decode(rows)  0
 
-/* align sorts num_slots slots by a matrix of bits in shared memory: a row for each expert, in steps of 4 words of which
- * there is an odd number, so that neighbouring rows start in different banks; a 16-bit prefix per step; a start. */
+/* align sorts num_slots slots of a block by a matrix of bits in shared memory: a row for each expert, in steps of 4 words
+ * of which there is an odd number, so that neighbouring rows start in different banks; a count for each step, in pairs;
+ * and 32 bytes for what the block knows of the expert. */
 #define MOE_ALIGN_STEPS(num_slots) ((((num_slots) + 127) / 128) | 1)
 #define MOE_ALIGN_SMEM_BYTES(num_experts, num_slots)                                               \
-    ((int64_t)(num_experts) * (MOE_ALIGN_STEPS(num_slots) * (16 + 2) + 4))
+    ((int64_t)(num_experts) * (MOE_ALIGN_STEPS(num_slots) * (16 + 2) + 2 + 32))
 
 /* Thread blocks of the other stages. */
 #define MOE_ROUTE_MAX_THREADS   256 /* one warp per token */
-#define MOE_ROUTE_ALIGN_THREADS 512
-#define MOE_ROUTE_ALIGN_SLOTS   2048 /* at most, of route_align */
+#define MOE_ROUTE_ALIGN_THREADS 512 /* at most; a warp per token, a thread for each expert */
+#define MOE_ROUTE_ALIGN_SLOTS   256 /* at most, of route_align */
 #define MOE_ALIGN_THREADS       1024
-#define MOE_ALIGN_ONE_SLOTS     1024 /* up to here, and where it fits shared memory, moe_align_one */
-/* slots that a block of moe_align_place sorts at a time: at most 96 KB of shared memory */
+/* align in one launch: by one block, or by blocks of about so many slots, of which each counts the slots of all others */
+#define MOE_ALIGN_ONE_SLOTS    384
+#define MOE_ALIGN_SHARE_SLOTS  128
+#define MOE_ALIGN_WHOLE_BLOCKS 128 /* at most */
+/* slots that a block of moe_align_place sorts at a time: at most 98 KB of shared memory */
 #define MOE_ALIGN_PIECE_SLOTS(num_experts)                                                         \
-    ((num_experts) <= 512 ? 1024 : (num_experts) <= 896 ? 512 : 384)
-#define MOE_ALIGN_STATIC_BYTES  9216 /* of shared memory beside MOE_ALIGN_SMEM_BYTES, at most */
-#define MOE_ALIGN_MAX_BLOCKS    64   /* of moe_align_place: each reads the counts of all */
+    ((num_experts) <= 256 ? 2048 : (num_experts) <= 512 ? 1024 : (num_experts) <= 768 ? 512 : 384)
+#define MOE_ALIGN_STATIC_BYTES  1024 /* of shared memory beside MOE_ALIGN_SMEM_BYTES, at most */
 #define MOE_COMBINE_THREADS     128 /* 8 columns each: num_tokens * ceil(hidden_size / 1024) blocks */
 #define MOE_COMBINE_COLS        (8 * MOE_COMBINE_THREADS)
 #define MOE_COMBINE_MANY_TOKENS 4096 /* from here on a block takes several of up to 4 slots */

@@ -230,7 +230,8 @@ static __device__ __forceinline__ void make_keys(const moe_route_args &args, int
             int32_t expert = lane + 32 * i;
             float s = score(x[i], expert), k = s;
             if (args.bias == MOE_BIAS_KEY) k = route_add(s, bias[i]);
-            bool nan = route_is_nan(k) | (args.key == MOE_KEY_SCORE && route_is_nan(x[i]));
+            const float logit = args.key == MOE_KEY_SCORE ? x[i] : k;
+            bool nan = !(k < logit) & !(k >= logit); // one of them is NaN: a single comparison
             key[i] = route_order_or(k, nan) & exists(args, i);
             if (args.key == MOE_KEY_SCORE) x[i] = s;
         }
@@ -297,30 +298,35 @@ static __device__ __forceinline__ void keep_groups_of_32(const moe_route_args &a
                                                          uint32_t (&key)[kHeld])
 {
     int32_t lane = threadIdx.x % 32;
-    uint32_t order[kHeld], second[kHeld], mine = 0; // of every group; of group `lane`
+    uint32_t largest[kHeld], second[kHeld];
     // One kind of work after the other: the reductions of all groups are under way together.
 #pragma unroll
     for (int i = 0; i < kHeld; ++i)
-        order[i] = __reduce_max_sync(kWarp, key[i]);
+        largest[i] = __reduce_max_sync(kWarp, key[i]);
     if (args.groups == MOE_GROUPS_TOP2) {
 #pragma unroll
         for (int i = 0; i < kHeld; ++i)
-            second[i] = __reduce_max_sync(kWarp, key[i] == order[i] ? 0 : key[i]);
+            second[i] = __reduce_max_sync(kWarp, key[i] == largest[i] ? 0 : key[i]);
 #pragma unroll
         for (int i = 0; i < kHeld; ++i) {
-            uint32_t largest = __ballot_sync(kWarp, key[i] == order[i]);
-            order[i] = sum_of_two(order[i], largest & (largest - 1) ? order[i] : second[i]);
+            uint32_t holders = __ballot_sync(kWarp, key[i] == largest[i]);
+            if (holders & (holders - 1)) second[i] = largest[i];
         }
     }
+    uint32_t mine = 0, other = 0; // of group `lane`
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
-        if (i >= args.num_groups) order[i] = 0;
-        if (lane == i) mine = order[i];
+        if (lane != i || i >= args.num_groups) continue;
+        mine = largest[i];
+        if (args.groups == MOE_GROUPS_TOP2) other = second[i];
     }
+    if (args.groups == MOE_GROUPS_TOP2 && lane < args.num_groups) mine = sum_of_two(mine, other);
     int32_t rank = 0;
 #pragma unroll
-    for (int i = 0; i < kHeld; ++i)
-        rank += order[i] > mine || (order[i] == mine && i < lane);
+    for (int i = 0; i < kHeld; ++i) {
+        uint32_t theirs = __shfl_sync(kWarp, mine, i);
+        rank += theirs > mine || (theirs == mine && i < lane);
+    }
     uint32_t kept = __ballot_sync(kWarp, mine != 0 && rank < args.topk_groups);
 #pragma unroll
     for (int i = 0; i < kHeld; ++i)

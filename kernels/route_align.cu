@@ -1,10 +1,10 @@
-/* route_align.cu: route and align of few tokens in one launch                        (stages 1 and 2 of 5)
+/* route_align.cu: route and align of a few tokens in one launch                      (stages 1 and 2 of 5)
  * In, out  those of route.cu and align.cu
- * Grid     num_blocks blocks of MOE_ROUTE_ALIGN_THREADS, one cluster; one warp per token, tokens dealt out to the
- *          blocks in turn. Each notes the ids in the first block's shared memory, which then aligns
- * Needs    a row of route_variants.def that says so; num_slots at most MOE_ROUTE_ALIGN_SLOTS, num_experts at most
- *          MOE_ROUTE_ALIGN_THREADS; below sm_90 one block
- * Cost     what route and align take less one launch and one read of topk_ids */
+ * Grid     one block of up to MOE_ROUTE_ALIGN_THREADS: a warp per token, a thread for each expert
+ * Needs    a row of route_variants.def that says so; at most MOE_ROUTE_ALIGN_SLOTS slots, num_experts at most
+ *          MOE_ROUTE_ALIGN_THREADS
+ * Cost     what route and align take less one launch and one read of topk_ids: 0.2 to 0.4 us. From 4 or 8 tokens on one
+ *          SM routes longer than that, and a second launch is sooner done than a cluster of blocks */
 #include "align.cuh"
 #include "route.cuh"
 
@@ -16,42 +16,26 @@ static __device__ __forceinline__ void route_align(const moe_route_args &route,
 {
     extern __shared__ uint4 memory[];
     __shared__ warp_scratch scratch[kWarps];
-    __shared__ int32_t rows[MOE_ROUTE_ALIGN_THREADS], expert_of[MOE_ROUTE_ALIGN_SLOTS];
-    int32_t num_slots = static_cast<int32_t>(align.num_tokens * align.topk),
-            warp = threadIdx.x / 32;
-    const bit_matrix matrix(memory, align.num_experts, num_slots);
-    if (blockIdx.x == 0) matrix.clear();
-    cluster_arrive();
-    cluster_wait(); // the first block's matrix is cleared
+    __shared__ int16_t expert_of[MOE_ROUTE_ALIGN_SLOTS];
+    const int32_t num_tokens = static_cast<int32_t>(route.num_tokens), warp = threadIdx.x / 32;
+    const bit_matrix matrix(memory, align.num_experts, num_tokens * align.topk);
+    matrix.clear();
+    __syncthreads();
     grid_dependency_wait();
     grid_launch_dependents();
-    // A block that is alone goes the shorter way to its own memory.
-    const bool alone = gridDim.x == 1;
-    bit_matrix noted = matrix;
-    noted.bits = cluster_map(matrix.bits, 0);
-    int32_t *expert_noted = cluster_map(expert_of, 0);
-    for (int64_t token = warp * gridDim.x + blockIdx.x; token < route.num_tokens;
-         token += kWarps * gridDim.x) {
-        int32_t first_slot = static_cast<int32_t>(token) * align.topk;
+    for (int32_t token = warp; token < num_tokens; token += blockDim.x / 32) {
+        const int32_t first_slot = token * align.topk;
         route_row<kHeld, kPacked, true>(route, token, scratch[warp], [&](int32_t lane, int64_t id) {
-            int32_t expert = local_expert(align, id), slot = first_slot + lane;
-            if (alone) {
-                expert_of[slot] = expert;
-                if (expert >= 0) matrix.set(expert, slot);
-            } else {
-                expert_noted[slot] = expert;
-                if (expert >= 0) noted.set(expert, slot);
-            }
+            int32_t expert = local_expert(align, id);
+            expert_of[first_slot + lane] = static_cast<int16_t>(expert);
+            if (expert >= 0) matrix.set(expert, first_slot + lane);
         });
     }
-    __syncwarp();
-    cluster_arrive();
-    cluster_wait();
-    if (blockIdx.x > 0) return;
-    place_experts(align, matrix, count_rows(matrix, rows));
     __syncthreads();
-    for (int32_t slot = threadIdx.x; slot < num_slots; slot += MOE_ROUTE_ALIGN_THREADS)
-        place_slot(align, matrix, 0, slot, expert_of[slot]);
+    place_experts(align, matrix, matrix.count_rows(), 0);
+    __syncthreads();
+    for (int32_t slot = threadIdx.x; slot < num_tokens * align.topk; slot += blockDim.x)
+        place_slot(align, matrix, slot, slot, expert_of[slot]);
 }
 
 #define MOE_ROUTE_ALIGN_VARIANT(name, held, packed, score, key, groups)                            \

@@ -46,6 +46,27 @@ def test_large(backend, rng, routing, num_tokens, num_experts, topk):
     assert_aligned(backend, ids, num_experts)
 
 
+@pytest.mark.parametrize(
+    "num_tokens, num_experts, topk",
+    [
+        (384, 8, 1),  # one block places all of them
+        (385, 8, 1),  # several blocks, each counts all
+        (513, 128, 2),  # not a multiple of 4
+        (2048, 64, 8),  # the most that one launch does
+        (2049, 64, 8),
+        (3072, 300, 8),  # the same of many experts
+        (3073, 300, 8),
+    ],
+)
+@pytest.mark.parametrize("ids_dtype", [np.int32, np.int64])
+def test_around_the_limits_of_a_launch(backend, rng, ids_dtype, num_tokens, num_experts, topk):
+    ids = make_ids(rng, num_tokens, topk, num_experts, "dropped").astype(ids_dtype)
+    assert_aligned(backend, ids, num_experts)
+    assert_aligned(backend, ids, num_experts, put=padded(backend, ids, topk + 3))
+    assert_aligned(backend, ids, num_experts - 5, expert_start=3)
+    assert_aligned(backend, ids, 7, expert_map=np.arange(num_experts, dtype=np.int32) % 9 - 1)
+
+
 @pytest.mark.parametrize("num_tokens", [*range(0, 20), 31, 32, 33, 63, 64, 65, 127, 128, 129, 257])
 def test_every_small_count(backend, rng, num_tokens):
     ids = make_ids(rng, num_tokens, 3, 7, "dropped").astype(np.int32)

@@ -345,9 +345,10 @@ def test_more_tokens_do_not_get_cheaper_by_much():
 def test_launches():
     """One launch a stage; the alignment of many slots takes two. A few tokens: two, without align
     and combine."""
-    for tokens in (1, 32, 1024):
+    for tokens in (1, 32, 2048, 2049):
         p = plan(tokens, 2048, 768, 128, 8)
-        align = 2 if p["align_blocks"] > 1 else 1
+        align = 2 if p["workspace"]["counts"] >= 0 else 1
+        assert align == (1 if tokens * 8 <= 16384 else 2)
         assert p["num_launches"] == (2 if tokens == 1 else 3 + align)
         routed = plan(tokens, 2048, 768, 128, 8, routed=True)
         assert routed["num_launches"] == p["num_launches"] + 1

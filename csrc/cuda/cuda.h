@@ -29,10 +29,9 @@ int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device,
                    moe_error *err);
 int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device, void *stream,
                    moe_error *err);
-/* Both in one launch of moe_route_align_blocks(...) > 0 blocks. */
+/* Both in one launch, where moe_route_aligns(...). */
 int moe_cuda_route_align(const moe_plan *plan, const moe_route_args *route,
-                         const moe_align_args *align, int32_t blocks, int device, void *stream,
-                         moe_error *err);
+                         const moe_align_args *align, int device, void *stream, moe_error *err);
 /* tiles and num_tiles from expert_offsets that somebody else made */
 int moe_cuda_align_pad(const moe_plan *plan, const moe_pad_args *args, int device, void *stream,
                        moe_error *err);
@@ -123,10 +122,10 @@ MOE_CUDA_STAGE_STUB(moe_cuda_down_decode, moe_down_decode_args)
 #undef MOE_CUDA_STAGE_STUB
 
 static inline int moe_cuda_route_align(const moe_plan *plan, const moe_route_args *route,
-                                       const moe_align_args *align, int32_t blocks, int device,
-                                       void *stream, moe_error *err)
+                                       const moe_align_args *align, int device, void *stream,
+                                       moe_error *err)
 {
-    (void)plan, (void)route, (void)align, (void)blocks, (void)device, (void)stream;
+    (void)plan, (void)route, (void)align, (void)device, (void)stream;
     return MOE_CUDA_ABSENT(err);
 }
 static inline int moe_cuda_probe_hopper(int device, double *max_error, moe_error *err)

@@ -17,7 +17,7 @@ enum {
 };
 
 enum {
-    KERNEL_ALIGN_ONE = 0,
+    KERNEL_ALIGN_WHOLE = 0,
     KERNEL_ALIGN_COUNT,
     KERNEL_ALIGN_PLACE,
     KERNEL_ALIGN_TILES,
@@ -61,7 +61,7 @@ enum {
 #define FILE_sm90a_decode(stage)    stage "_decode_sm90a"
 
 static const moe_kernel_row KERNELS[] = {
-    [KERNEL_ALIGN_ONE] = {"moe_align_one", "align", MOE_SMEM_ALL, 80, sizeof(moe_align_args)},
+    [KERNEL_ALIGN_WHOLE] = {"moe_align_whole", "align", MOE_SMEM_ALL, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_COUNT] = {"moe_align_count", "align", 0, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_PLACE] = {"moe_align_place", "align", MOE_SMEM_ALL, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_TILES] = {"moe_align_tiles", "align", 0, 80, sizeof(moe_align_args)},
@@ -113,7 +113,6 @@ typedef struct geometry {
     int threads;
     int smem_bytes;
     bool dependent; /* may start before the kernel in front of it has ended */
-    bool cluster;   /* all blocks are one */
 } geometry;
 
 static atomic_bool synchronise_launches, leave_out_launches, ptx_only;
@@ -165,18 +164,12 @@ static int launch_mapped(int kernel, const geometry *g, void *args, const moe_te
         return moe_fail(err, MOE_ERROR_VALUE, "num_tokens: %s would need %lld thread blocks",
                         KERNELS[kernel].name, (long long)g->blocks);
     if (atomic_load_explicit(&leave_out_launches, memory_order_relaxed)) return MOE_OK;
-    CUlaunchAttribute attributes[2];
+    CUlaunchAttribute attributes[1];
     unsigned num_attributes = 0;
     memset(attributes, 0, sizeof attributes);
     if (g->dependent && state->kernels[kernel].dependent) {
         attributes[num_attributes].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
         attributes[num_attributes++].value.programmaticStreamSerializationAllowed = 1;
-    }
-    if (g->cluster && g->blocks > 1) {
-        attributes[num_attributes].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-        attributes[num_attributes].value.clusterDim.x = (unsigned)g->blocks;
-        attributes[num_attributes].value.clusterDim.y = 1;
-        attributes[num_attributes++].value.clusterDim.z = 1;
     }
     CUlaunchConfig config;
     memset(&config, 0, sizeof config);
@@ -256,7 +249,7 @@ int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device,
     (void)plan;
     /* measured: one warp a block and two are slower from 4096 tokens, eight below 256 */
     enum { WARPS = 4 };
-    const geometry g = {ceil_div(args->num_tokens, WARPS), 32 * WARPS, 0, true, false};
+    const geometry g = {ceil_div(args->num_tokens, WARPS), 32 * WARPS, 0, true};
     const int32_t variant = moe_route_variant(args);
     if (variant < 0) {
         moe_route_args a = *args;
@@ -267,22 +260,21 @@ int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device,
     return launch(KERNEL_ROUTE_GENERAL + 4 + variant, &g, &a, device, stream, err);
 }
 
-/* Threads for num_slots slots: at least one for each expert, and no more than they need, which barriers wait for. */
-static int align_threads(int64_t num_slots, int32_t num_experts)
+/* Threads of a block of align: these, but one for each expert; no more than needed, since barriers wait for all. */
+static int align_threads(int64_t least, int32_t num_experts)
 {
-    const int64_t least = num_slots > num_experts ? num_slots : num_experts;
-    return least >= MOE_ALIGN_THREADS ? MOE_ALIGN_THREADS : (int)(ceil_div(least, 128) * 128);
+    const int64_t threads = ceil_div(least > num_experts ? least : num_experts, 128) * 128;
+    return threads < MOE_ALIGN_THREADS ? (int)threads : MOE_ALIGN_THREADS;
 }
 
 int moe_cuda_route_align(const moe_plan *plan, const moe_route_args *route,
-                         const moe_align_args *align, int32_t blocks, int device, void *stream,
-                         moe_error *err)
+                         const moe_align_args *align, int device, void *stream, moe_error *err)
 {
     (void)plan;
     moe_route_align_args a = {plain_args(route), *align};
-    const geometry g = {
-        blocks, MOE_ROUTE_ALIGN_THREADS,
-        (int)MOE_ALIGN_SMEM_BYTES(align->num_experts, align->num_tokens * align->topk), true, true};
+    const int64_t num_slots = align->num_tokens * align->topk;
+    const geometry g = {1, align_threads(32 * align->num_tokens, align->num_experts),
+                        (int)MOE_ALIGN_SMEM_BYTES(align->num_experts, num_slots), true};
     return launch(KERNEL_LAST_ROUTE + 1 + moe_route_variant(route), &g, &a, device, stream, err);
 }
 
@@ -290,18 +282,24 @@ int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device,
                    moe_error *err)
 {
     moe_align_args a = *args;
-    const int64_t num_slots = a.num_tokens * a.topk;
-    if (plan->align_blocks == 1) {
-        const geometry one = {1, align_threads(num_slots, a.num_experts),
-                              (int)MOE_ALIGN_SMEM_BYTES(a.num_experts, num_slots), true, false};
-        return launch(KERNEL_ALIGN_ONE, &one, &a, device, stream, err);
+    const int64_t num_slots = a.num_tokens * a.topk, share = ceil_div(num_slots, a.num_blocks);
+    (void)plan;
+    if (!a.counts) {
+        /* where there are many slots, many threads count them sooner than their barriers last */
+        const int64_t least = a.num_blocks == 1   ? num_slots
+                              : num_slots <= 1024 ? 256
+                              : num_slots <= 6144 ? 512
+                                                  : 1024;
+        const geometry whole = {a.num_blocks, align_threads(least, a.num_experts),
+                                (int)MOE_ALIGN_SMEM_BYTES(a.num_experts, share), true};
+        return launch(KERNEL_ALIGN_WHOLE, &whole, &a, device, stream, err);
     }
-    const int threads = align_threads(ceil_div(num_slots, plan->align_blocks), a.num_experts);
+    const int threads = align_threads(num_slots < 1 << 18 ? 512 : 1024, a.num_experts);
     int64_t piece = MOE_ALIGN_PIECE_SLOTS(a.num_experts);
-    if (piece > threads) piece = threads;
-    const geometry count = {plan->align_blocks, threads, 0, true, false},
-                   place = {plan->align_blocks, threads,
-                            (int)MOE_ALIGN_SMEM_BYTES(a.num_experts, piece), true, false};
+    if (piece > 4 * threads) piece = 4 * threads;
+    const geometry count = {a.num_blocks, threads, 0, true},
+                   place = {a.num_blocks, threads, (int)MOE_ALIGN_SMEM_BYTES(a.num_experts, piece),
+                            true};
     if (launch(KERNEL_ALIGN_COUNT, &count, &a, device, stream, err)) return err->status;
     return launch(KERNEL_ALIGN_PLACE, &place, &a, device, stream, err);
 }
@@ -311,7 +309,7 @@ int moe_cuda_align_tiles(const moe_plan *plan, const moe_align_args *args, int d
 {
     (void)plan;
     moe_align_args a = *args;
-    const geometry g = {1, MOE_ALIGN_THREADS, 0, true, false};
+    const geometry g = {1, MOE_ALIGN_THREADS, 0, true};
     return launch(KERNEL_ALIGN_TILES, &g, &a, device, stream, err);
 }
 
@@ -321,10 +319,7 @@ int moe_cuda_align_pad(const moe_plan *plan, const moe_pad_args *args, int devic
     moe_pad_args a = *args;
     const int64_t blocks = a.sorted_token_ids ? ceil_div(a.capacity, MOE_ALIGN_THREADS) : 1,
                   most = 2 * plan->num_sms;
-    const geometry g = {blocks < 1      ? 1
-                        : blocks < most ? blocks
-                                        : most,
-                        MOE_ALIGN_THREADS, 0, true, false};
+    const geometry g = {blocks < 1 ? 1 : blocks < most ? blocks : most, MOE_ALIGN_THREADS, 0, true};
     return launch(KERNEL_ALIGN_PAD, &g, &a, device, stream, err);
 }
 
@@ -332,7 +327,7 @@ static geometry gemm_geometry(const moe_gemm_plan *gemm, int32_t max_tiles)
 {
     int64_t blocks = (int64_t)gemm->grid_cols * max_tiles;
     if (gemm->max_blocks > 0 && blocks > gemm->max_blocks) blocks = gemm->max_blocks;
-    const geometry g = {blocks, gemm->threads, gemm->smem_bytes, true, false};
+    const geometry g = {blocks, gemm->threads, gemm->smem_bytes, true};
     return g;
 }
 
@@ -434,7 +429,7 @@ int moe_cuda_combine(const moe_plan *plan, const moe_combine_args *args, int dev
     }
     if (a.dtype != MOE_BF16) ++kernel;
     int64_t blocks = ceil_div(a.num_tokens, tokens) * ceil_div(a.hidden_size, MOE_COMBINE_COLS);
-    const geometry g = {blocks < (1 << 30) ? blocks : 1 << 30, MOE_COMBINE_THREADS, 0, true, false};
+    const geometry g = {blocks < (1 << 30) ? blocks : 1 << 30, MOE_COMBINE_THREADS, 0, true};
     return launch(kernel, &g, &a, device, stream, err);
 }
 
