@@ -14,10 +14,11 @@
 typedef struct variant {
     const char *name;
     int32_t arch, stage, act_dtype, weight_dtype;
-    int32_t rows, cols, k, stages, warps_n, threads, smem_bytes, align_bytes, weight_box, token_box;
+    int32_t rows, cols, k, stages, warps_n, threads, smem_bytes, align_bytes, weight_box, token_box,
+        fetch_bytes;
 } variant;
 
-enum { ARCH_sm80 = 80, ARCH_sm90a = 90, ARCH_sm90a_decode = 91 };
+enum { ARCH_sm80 = 80, ARCH_sm90a = 90, ARCH_sm90a_decode = 91, ARCH_sm90a_swap = 92 };
 enum { STAGE_gate_up = MOE_OP_GATE_UP, STAGE_down = MOE_OP_DOWN };
 #define DTYPE_bf16 MOE_BF16
 #define DTYPE_f16  MOE_F16
@@ -39,7 +40,8 @@ static const variant VARIANTS[] = {
      MOE_GEMM_SMEM_##arch(rows, cols, k, stages),                                                  \
      align,                                                                                        \
      MOE_GEMM_WEIGHT_BOX_##arch(cols),                                                             \
-     MOE_GEMM_TOKEN_BOX_##arch(rows)},
+     MOE_GEMM_TOKEN_BOX_##arch(rows),                                                              \
+     MOE_GEMM_FETCH_##arch},
 #include "../kernels/gemm_variants.def"
 #undef MOE_GEMM_VARIANT
 };
@@ -53,7 +55,7 @@ static const struct {
 #include "../kernels/route_variants.def"
 };
 
-enum { LEAST_WGMMA_ROWS = 20 }; /* expected rows of an expert */
+enum { LEAST_SWAP_ROWS = 5, MOST_SWAP_ROWS = 72 }; /* expected rows of an expert: in_band() */
 
 enum { NUM_VARIANTS = sizeof VARIANTS / sizeof *VARIANTS, SMALLEST_TILE_ROWS = 16 };
 
@@ -227,11 +229,38 @@ static double variant_us(const variant *v, const gemm_shape *s, const moe_device
     return fmax(compute_us, stream_us);
 }
 
+/* The same for a variant of sm90a_swap: the weights once from memory, and again from L2 for each further tile of an
+ * expert; what an item costs beside them; the end, where the last items are under way alone; rows of
+ * the tile, which take the ring's place. Fitted to docs/notes/mid_kernels.md. */
+static double swap_us(const variant *v, const gemm_shape *s, const moe_device_info *d)
+{
+    const double start_us = 2.0, item_us = 0.1, end_share = 0.3, row_us = 0.25;
+    const double tiles = expected_tiles(s->experts, s->rows_per_expert, v->rows);
+    const double once = (double)s->weight_rows * (double)s->depth * (double)s->element_bytes;
+    const double bytes = s->experts * (once + s->rows_per_expert * (double)s->row_bytes) +
+                         0.8 * (tiles - s->experts) * once;
+    const double items = tiles * (double)ceil_div(s->weight_rows, v->cols);
+    const double item_bytes = (double)v->cols * (double)s->depth * (double)s->element_bytes;
+    const double rate = 0.93 * d->read_bytes_per_us;
+    return start_us + bytes / rate + items / d->num_sms * item_us +
+           end_share * item_bytes * d->num_sms / rate + row_us * (v->rows - 32);
+}
+
 static bool usable(const variant *v, int32_t stage, const moe_problem *p, const moe_device_info *d)
 {
     bool arch = v->arch == ARCH_sm80 ? d->capability >= 80 : d->hopper != 0;
     return arch && v->stage == stage && v->act_dtype == p->dtype && v->weight_dtype == p->dtype &&
            v->align_bytes <= p->vector_bytes && v->smem_bytes <= d->smem_per_block;
+}
+
+/* Whether kernels of this kind are for so many rows an expert: sm90a_swap where it was measured to be the fastest on an
+ * H100 (docs/notes/mid_kernels.md), what is left where it is not. */
+static bool in_band(int32_t arch, const moe_problem *p, const moe_device_info *d, double rows)
+{
+    if (!d->hopper || p->vector_bytes < 16) return true;
+    const bool swap = rows >= LEAST_SWAP_ROWS && rows <= MOST_SWAP_ROWS;
+    if (arch == ARCH_sm90a) return rows > MOST_SWAP_ROWS;
+    return (arch == ARCH_sm90a_swap) == swap;
 }
 
 static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem *p,
@@ -242,15 +271,15 @@ static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem 
         if (VARIANTS[i].rows != tile_rows || VARIANTS[i].arch == ARCH_sm90a_decode ||
             !usable(&VARIANTS[i], stage, p, d))
             continue;
-        /* with fewer rows an expert the tiles of 128 are mostly empty */
-        if (VARIANTS[i].arch == ARCH_sm90a && d->tile_rows == 0 &&
-            s->rows_per_expert < LEAST_WGMMA_ROWS)
-            continue;
+        const int32_t arch = VARIANTS[i].arch;
+        if (d->tile_rows == 0 && !in_band(arch, p, d, s->rows_per_expert)) continue;
         /* wgmma was faster than mma.sync with tiles of the same height wherever both were measured */
-        bool better = best >= 0 && VARIANTS[i].arch > VARIANTS[best].arch;
-        if (best >= 0 && VARIANTS[i].arch < VARIANTS[best].arch) continue;
-        double cost = VARIANTS[i].arch == ARCH_sm90a ? persistent_us(&VARIANTS[i], s, d)
-                                                     : variant_us(&VARIANTS[i], s, d);
+        const bool wgmma = arch != ARCH_sm80;
+        const bool better = best >= 0 && wgmma && VARIANTS[best].arch == ARCH_sm80;
+        if (best >= 0 && !wgmma && VARIANTS[best].arch != ARCH_sm80) continue;
+        const double cost = arch == ARCH_sm90a        ? persistent_us(&VARIANTS[i], s, d)
+                            : arch == ARCH_sm90a_swap ? swap_us(&VARIANTS[i], s, d)
+                                                      : variant_us(&VARIANTS[i], s, d);
         if (best < 0 || better || cost < *us) {
             best = i;
             *us = cost;
@@ -259,7 +288,7 @@ static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem 
     return best;
 }
 
-static void fill_gemm(moe_gemm_plan *g, int32_t row, const gemm_shape *s, int32_t num_sms,
+static void fill_gemm(moe_gemm_plan *g, int32_t row, const gemm_shape *s, const moe_device_info *d,
                       double us)
 {
     const variant *v = &VARIANTS[row];
@@ -270,9 +299,14 @@ static void fill_gemm(moe_gemm_plan *g, int32_t row, const gemm_shape *s, int32_
     g->grid_cols = (int32_t)ceil_div(s->weight_rows, v->cols);
     g->threads = v->threads;
     g->smem_bytes = v->smem_bytes;
-    g->max_blocks = v->arch == ARCH_sm90a ? num_sms : 0;
+    g->max_blocks = v->arch == ARCH_sm80 ? 0 : d->num_sms;
     g->weight_box = v->weight_box;
     g->token_box = v->token_box;
+    /* Two pieces of a row in one stage need it nowhere. Else 256 bytes gained 2 to 5 % on an H100, and lost as much in
+     * prefill on an H200, whose memory is faster. */
+    const double h100_bytes_per_us = 3.5e6;
+    g->fetch_bytes =
+        v->k > MOE_MAP_COLS || d->read_bytes_per_us > h100_bytes_per_us ? 128 : v->fetch_bytes;
     g->us = us;
 }
 
@@ -404,8 +438,8 @@ static int choose_chunk(moe_plan *plan, moe_error *err)
 
 /* ------------------------------------------------------------------------------------------------ */
 
-/* Measured on an H100: from LEAST_WGMMA_ROWS on, a layer with wgmma takes 0.93 to 1.0 of the time with mma.sync (20 to
- * 64 rows an expert), and less above. Where its tiles are too few for most of the SMs, the cost model decides. */
+/* Measured on an H100: above sm90a_swap a layer with wgmma takes 0.93 to 1.0 of the time with mma.sync, or less. Where its
+ * tiles are too few for most of the SMs, the cost model decides. */
 static bool fills_with_wgmma(int32_t up_row, int32_t down_row, const gemm_shape *gate_up,
                              const moe_device_info *d)
 {
@@ -435,8 +469,8 @@ static int choose_gemms(moe_plan *plan, const moe_device_info *d, const gemm_sha
         }
         if (up_us + down_us >= best) continue;
         best = up_us + down_us;
-        fill_gemm(&plan->gate_up, up_row, gate_up, d->num_sms, up_us);
-        fill_gemm(&plan->down, down_row, down, d->num_sms, down_us);
+        fill_gemm(&plan->gate_up, up_row, gate_up, d, up_us);
+        fill_gemm(&plan->down, down_row, down, d, down_us);
         plan->tile_rows = rows;
     }
     if (!isfinite(best))
@@ -540,8 +574,8 @@ static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_s
     if (us > others) return false;
 
     const double share = up_bytes / (up_bytes + low_bytes);
-    fill_gemm(&plan->gate_up, up, gate_up, d->num_sms, us * share);
-    fill_gemm(&plan->down, low, down, d->num_sms, us * (1 - share));
+    fill_gemm(&plan->gate_up, up, gate_up, d, us * share);
+    fill_gemm(&plan->down, low, down, d, us * (1 - share));
     plan->decode = 1;
     plan->tile_rows = VARIANTS[up].rows;
     plan->gate_up.max_blocks = d->num_sms;

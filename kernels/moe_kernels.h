@@ -362,6 +362,7 @@ typedef struct moe_combine_args {
 #define MOE_GEMM_PRODUCERS_sm80         0 /* warps beside these that only copy */
 #define MOE_GEMM_PRODUCERS_sm90a        4
 #define MOE_GEMM_PRODUCERS_sm90a_decode 2 /* one copies, one writes (gate_up) */
+#define MOE_GEMM_PRODUCERS_sm90a_swap   4 /* one feeds the copy engine, two gather (gate_up) */
 #define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)                                                 \
     ((stages) * ((rows) + (cols)) * (k) * 2 + (rows) * 8)
 /* The ring, half the tile's columns of rounded results, barriers. */
@@ -372,6 +373,13 @@ typedef struct moe_combine_args {
      1024 * 1024)
 #define MOE_GEMM_SMEM_sm80(rows, cols, k, stages)  MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)
 #define MOE_GEMM_SMEM_sm90a(rows, cols, k, stages) MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)
+/* The ring, eight warps' results and router weights, barriers and items. */
+#define MOE_GEMM_SMEM_BYTES_sm90a_swap(rows, cols, k, stages)                                      \
+    (((stages) * ((rows) + (cols)) * (k) * 2 + 8 * (768 + (rows) * 4) + 16 * (stages) + 80 +       \
+      1023) /                                                                                      \
+     1024 * 1024)
+#define MOE_GEMM_SMEM_sm90a_swap(rows, cols, k, stages)                                            \
+    MOE_GEMM_SMEM_BYTES_sm90a_swap(rows, cols, k, stages)
 #define MOE_GEMM_SMEM_sm90a_decode(rows, cols, k, stages)                                          \
     (227 * 1024) /* at most; the plan adds it up */
 #define MOE_GEMM_GRID(max_tiles, weight_rows, cols)                                                \
@@ -396,8 +404,15 @@ typedef struct moe_combine_args {
 #define MOE_GEMM_TOKEN_BOX_sm80(rows)          0
 #define MOE_GEMM_WEIGHT_BOX_sm90a(cols)        ((cols) / 2)
 #define MOE_GEMM_TOKEN_BOX_sm90a(rows)         64
+#define MOE_GEMM_WEIGHT_BOX_sm90a_swap(cols)   ((cols) / 2)
+#define MOE_GEMM_TOKEN_BOX_sm90a_swap(rows)    16
 #define MOE_GEMM_WEIGHT_BOX_sm90a_decode(cols) (cols)
 #define MOE_GEMM_TOKEN_BOX_sm90a_decode(rows)  0
+/* What L2 asks memory for where a copy of weights misses it. */
+#define MOE_GEMM_FETCH_sm80         128
+#define MOE_GEMM_FETCH_sm90a        128
+#define MOE_GEMM_FETCH_sm90a_swap   256
+#define MOE_GEMM_FETCH_sm90a_decode 128
 
 /* align sorts num_slots slots of a block by a matrix of bits in shared memory: a row for each expert, in steps of 4 words
  * of which there is an odd number, so that neighbouring rows start in different banks; a count for each step, in pairs;

@@ -34,7 +34,7 @@ def variants():
 
 def threads(v):
     """Of a thread block: warps that multiply, and on Hopper those that only copy or write."""
-    others = {"sm80": 0, "sm90a": 4, "sm90a_decode": 2}
+    others = {"sm80": 0, "sm90a": 4, "sm90a_decode": 2, "sm90a_swap": 4}
     return 32 * (v["wm"] * v["wn"] * v["wk"] + others[v["arch"]])
 
 
@@ -133,17 +133,18 @@ def test_portable_kernels_alone():
 
 def test_plans_of_one_height():
     """What tests/test_variants.py relies on."""
-    for rows in (16, 32, 64, 128):
-        for portable in (False, True):
-            _C._restrict_plans(portable, rows)
-            try:
-                p, odd = plan(40, 264, 136, 3, 2), plan(40, 37, 7, 3, 2)
-            finally:
-                _C._restrict_plans(False, 0)
-            assert p["tile_rows"] == rows and odd["tile_rows"] in (16, 64)
-            hopper = rows == 128 and not portable
-            assert p["gate_up"]["name"].endswith("_sm90a") == hopper
-            assert p["down"]["name"].endswith("_sm90a") == hopper
+    hopper = {32: "_sm90a_swap", 64: "_sm90a_swap", 96: "_sm90a_swap", 128: "_sm90a"}
+    cases = [(rows, True) for rows in (16, 32, 64, 128)] + [(rows, False) for rows in hopper]
+    for rows, portable in cases:
+        _C._restrict_plans(portable, rows)
+        try:
+            p, odd = plan(40, 264, 136, 3, 2), plan(40, 37, 7, 3, 2)
+        finally:
+            _C._restrict_plans(False, 0)
+        assert p["tile_rows"] == rows and odd["tile_rows"] in (16, 64)
+        for stage in ("gate_up", "down"):
+            name = p[stage]["name"]
+            assert "sm90a" not in name if portable else name.endswith(hopper[rows])
 
 
 def test_prefill_runs_on_wgmma():

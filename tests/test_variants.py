@@ -12,7 +12,10 @@ from fusedmoe import _C, reference
 from support import BF16, F16, F32, check_layer, make_layer, padded, run_layer, same_bits
 from test_gate_up import ALL_ACTIVATIONS
 
-HEIGHTS = [(16, False), (32, False), (64, False), (128, True), (128, False)]
+HEIGHTS = [
+    *((rows, True) for rows in (16, 32, 64, 128)),
+    *((rows, False) for rows in (32, 64, 96, 128)),
+]
 
 
 @pytest.fixture(params=HEIGHTS, ids=lambda p: f"{p[0]}{'_portable' if p[1] else ''}")
@@ -48,6 +51,12 @@ def test_many_tiles_per_block(variant, seed):
     """Each block of a persistent grid walks over several tiles of one, two or three K steps."""
     for hidden_size in (64, 128, 192):
         check_layer(variant, make_layer(seed, 1500, hidden_size, 2304, 2, 1))
+
+
+def test_groups_wait_for_stages_in_turn(variant, seed):
+    """Items of more K steps than the ring has stages, several a block: a barrier's parity says
+    which phase it is only to whoever knows that the one before has passed."""
+    check_layer(variant, make_layer(seed, 3000, 768, 768, 2, 1))
 
 
 @pytest.mark.small

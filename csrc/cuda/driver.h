@@ -109,7 +109,8 @@ typedef struct moe_tensor_key {
     uint64_t dims[4]; /* K, rows, halves, experts */
     uint64_t
         strides[3]; /* bytes, multiples of 16: from row to row, half to half, expert to expert */
-    uint32_t dtype; /* MOE_BF16, MOE_F16 */
+    uint16_t dtype; /* MOE_BF16, MOE_F16 */
+    uint16_t fetch_bytes; /* that L2 asks memory for at once: 128, 256 */
     uint32_t box_rows, box_halves, box_chunks;
 } moe_tensor_key;
 

@@ -45,19 +45,25 @@ enum {
 #define PARAMS_sm80_down            moe_down_args
 #define PARAMS_sm90a_gate_up        moe_gate_up_args
 #define PARAMS_sm90a_down           moe_down_args
+#define PARAMS_sm90a_swap_gate_up   moe_gate_up_args
+#define PARAMS_sm90a_swap_down      moe_down_args
 #define PARAMS_sm90a_decode_gate_up moe_gate_up_decode_args
 #define PARAMS_sm90a_decode_down    moe_down_decode_args
 #define ARCH_sm80                   80
 #define ARCH_sm90a                  90
+#define ARCH_sm90a_swap             90
 #define ARCH_sm90a_decode           90
 #define MAPS_sm80_gate_up           0 /* tensor maps: of the weights, then of the token rows */
 #define MAPS_sm80_down              0
 #define MAPS_sm90a_gate_up          1
 #define MAPS_sm90a_down             2
+#define MAPS_sm90a_swap_gate_up     1
+#define MAPS_sm90a_swap_down        2
 #define MAPS_sm90a_decode_gate_up   2 /* of the weights: a stage, and what is left of K */
 #define MAPS_sm90a_decode_down      2
 #define FILE_sm80(stage)            stage /* the .cu file that instantiates the row */
 #define FILE_sm90a(stage)           stage "_sm90a"
+#define FILE_sm90a_swap(stage)      stage "_swap_sm90a"
 #define FILE_sm90a_decode(stage)    stage "_decode_sm90a"
 
 static const moe_kernel_row KERNELS[] = {
@@ -340,7 +346,8 @@ static moe_tensor_key tensor_key(const void *data, int32_t dtype, int32_t box_ro
     moe_tensor_key key = {
         .address = (uint64_t)(uintptr_t)data,
         .dims = {(uint64_t)k, (uint64_t)rows, (uint64_t)halves, (uint64_t)experts},
-        .dtype = (uint32_t)dtype,
+        .dtype = (uint16_t)dtype,
+        .fetch_bytes = 128,
         .box_rows = (uint32_t)box_rows,
         .box_halves = 1,
     };
@@ -370,7 +377,8 @@ int moe_cuda_gate_up(const moe_plan *plan, const moe_gate_up_args *args, int dev
 {
     moe_gate_up_args a = *args;
     const geometry g = gemm_geometry(&plan->gate_up, plan->max_tiles);
-    const moe_tensor_key weights = w13_key(&a, plan->gate_up.weight_box);
+    moe_tensor_key weights = w13_key(&a, plan->gate_up.weight_box);
+    weights.fetch_bytes = (uint16_t)plan->gate_up.fetch_bytes;
     return launch_mapped(KERNEL_FIRST_VARIANT + plan->gate_up.variant, &g, &a, &weights, device,
                          stream, err);
 }
@@ -397,10 +405,11 @@ int moe_cuda_down(const moe_plan *plan, const moe_down_args *args, int device, v
     geometry g = gemm_geometry(&plan->down, plan->max_tiles);
     /* down reads the work list before it waits, which only gate_up in front of it makes safe */
     g.dependent = plan->problem.operation != MOE_OP_DOWN;
-    const moe_tensor_key keys[2] = {w2_key(&a, plan->down.weight_box),
-                                    tensor_key(a.intermediate, a.dtype, plan->down.token_box,
-                                               a.intermediate_size, a.num_slots, 1, 1,
-                                               a.intermediate_stride, 0, 0)};
+    moe_tensor_key keys[2] = {w2_key(&a, plan->down.weight_box),
+                              tensor_key(a.intermediate, a.dtype, plan->down.token_box,
+                                         a.intermediate_size, a.num_slots, 1, 1,
+                                         a.intermediate_stride, 0, 0)};
+    keys[0].fetch_bytes = (uint16_t)plan->down.fetch_bytes;
     return launch_mapped(KERNEL_FIRST_VARIANT + plan->down.variant, &g, &a, keys, device, stream,
                          err);
 }

@@ -77,7 +77,9 @@ static int encode(const moe_driver *driver, const moe_tensor_key *key, CUtensorM
         in_pieces ? 5 : 4, (void *)(uintptr_t)key->address, in_pieces ? piece_dims : dims,
         in_pieces ? piece_strides : strides, in_pieces ? piece_box : box, steps,
         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+        key->fetch_bytes == 256 ? CU_TENSOR_MAP_L2_PROMOTION_L2_256B
+                                : CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return code == CUDA_SUCCESS ? MOE_OK
                                 : moe_cuda_fail(driver, code, "cuTensorMapEncodeTiled", err);
 }
