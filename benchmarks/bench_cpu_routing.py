@@ -3,8 +3,10 @@
     python benchmarks/bench_cpu_routing.py    softmax_topk and topk_softmax at six batch sizes
 
 torch runs `torch.topk(torch.softmax(x, -1), k)`, and divides by the sum where the weights are
-renormalised. Both read the same float32 logits with the same number of threads and take turns; the
-figures are medians of a call from Python. Ids are held against torch's before anything is timed.
+renormalised. Both read the same float32 logits with the same number of threads and take turns: a
+pause, in which the other's threads go to sleep, calls that wake the own ones, then calls that are
+timed, one after the other. The figures are medians over turns of a call from Python. Ids are held
+against torch's before anything is timed.
 """
 
 import argparse
@@ -23,6 +25,7 @@ TOKENS = (1, 8, 64, 256, 1024, 4096)
 SHAPES = ((128, 8), (256, 8), (512, 10))  # num_experts, topk
 SECONDS = 0.8  # of both together, for one point
 PAUSE = 0.02  # as in bench_cpu.py
+WAKE, TIMED = 0.01, 0.005  # seconds of calls in a turn
 
 
 def theirs(x, topk, renormalize):
@@ -30,6 +33,16 @@ def theirs(x, topk, renormalize):
     if renormalize:
         weights = weights / weights.sum(-1, keepdim=True)
     return weights, ids
+
+
+def calls(side, seconds):
+    """Microseconds of a call, of as many as fill `seconds`."""
+    count, begin, now = 0, time.perf_counter(), 0.0
+    while now < seconds:
+        side()
+        count += 1
+        now = time.perf_counter() - begin
+    return now * 1e6 / count
 
 
 def measure(method, num_experts, topk, num_tokens, threads):
@@ -51,11 +64,8 @@ def measure(method, num_experts, topk, num_tokens, threads):
     while time.perf_counter() - begin < SECONDS or len(sides[ours]) < 5:
         for side, taken in sides.items():
             time.sleep(PAUSE)
-            repeats = max(1, 64 // num_tokens)  # a call takes microseconds
-            start = time.perf_counter()
-            for _ in range(repeats):
-                side()
-            taken.append((time.perf_counter() - start) * 1e6 / repeats)
+            calls(side, WAKE)
+            taken.append(calls(side, TIMED))
     us, torch_us = (statistics.median(taken) for taken in sides.values())
     return {
         "op": "route",
