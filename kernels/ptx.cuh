@@ -117,38 +117,6 @@ __device__ __forceinline__ void count_if_greater(uint32_t &count, uint64_t a, ui
         : "+r"(count) : "l"(a), "l"(b));
 }
 
-// barrier.cluster.arrive.release, "barrier.cluster": this thread's writes to any shared memory of the cluster are made.
-// Every thread of the cluster. Below sm_90 a cluster is a block.
-__device__ __forceinline__ void cluster_arrive()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-
-// barrier.cluster.wait.acquire, "barrier.cluster": until all threads of the cluster have arrived. Every thread.
-__device__ __forceinline__ void cluster_wait()
-{
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-    __syncthreads();
-#endif
-}
-
-// mapa, "mapa": where block `rank` of the cluster has what is at `pointer`, in shared memory, here.
-template <class T>
-__device__ __forceinline__ T *cluster_map(T *pointer, uint32_t rank)
-{
-#if __CUDA_ARCH__ >= 900
-    uint64_t mapped;
-    asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(pointer), "r"(rank));
-    return reinterpret_cast<T *>(mapped);
-#else
-    return pointer;
-#endif
-}
-
 // griddepcontrol.wait, "griddepcontrol": until the grids before this one are complete and their writes
 // visible. Every thread, before it reads what they wrote and before it writes anything. Without
 // programmatic dependent launch (and below sm_90) there is nothing to wait for.
