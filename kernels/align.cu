@@ -7,7 +7,7 @@
  *        tiles, num_tiles                      each expert's rows in pieces of tile_rows, experts in order
  * Scratch counts           [num_blocks, num_experts]  rows of a block's slots, of moe_align_place
  * Math   integers; a slot's row is the number of slots before it in (expert, slot) order: the same every run
- * Grid   num_blocks. Up to MOE_ALIGN_WHOLE_SLOTS slots moe_align_whole, where every block counts all slots; else
+ * Grid   num_blocks. While slots are few (plan.c) moe_align_whole, where every block counts all of them; else
  *        moe_align_count, where it counts its own, and moe_align_place, where it adds up the counts of all.
  *        moe_align_tiles (one): the tiles of given expert_offsets.
  *        moe_align_pad (any): counts, and the rows padded to blocks, from given offsets and rows.

@@ -81,10 +81,10 @@ struct bit_matrix {
     }
 };
 
-// The expert that an id goes to, or -1.
+// The expert that an id goes to, or -1. Past L1, as load_id: moe_align_place asks before its wait.
 static __device__ __forceinline__ int32_t local_expert(const moe_align_args &args, int64_t id)
 {
-    return expert_of_id(args, id, [](const int32_t *entry) { return *entry; });
+    return expert_of_id(args, id, [](const int32_t *entry) { return __ldcg(entry); });
 }
 
 // Apart from local_expert, whose branches would make of several loads one after the other.
@@ -95,8 +95,8 @@ static __device__ __forceinline__ int64_t load_id(const moe_align_args &args, in
         int32_t token = static_cast<int32_t>(slot) / args.topk;
         at = token * args.ids_stride + (static_cast<int32_t>(slot) - token * args.topk);
     }
-    return args.ids_dtype == MOE_I64 ? static_cast<const int64_t *>(args.topk_ids)[at]
-                                     : static_cast<const int32_t *>(args.topk_ids)[at];
+    return args.ids_dtype == MOE_I64 ? __ldcg(static_cast<const long long *>(args.topk_ids) + at)
+                                     : __ldcg(static_cast<const int32_t *>(args.topk_ids) + at);
 }
 
 // visit(slot, experts, n) for all slots, four at a time, the last of them one at a time (n), in any order, by all threads
@@ -197,8 +197,10 @@ static __device__ __forceinline__ void write_tiles(const moe_align_args &args, i
 {
     constexpr int kOwnTiles = 8;
     int32_t lane = threadIdx.x % 32, expert = threadIdx.x;
+    // unsigned: a caller's own expert_offsets may overlap so often that the count of tiles goes round
     auto write = [&](int32_t at, int32_t to, int32_t begin, int32_t left) {
-        if (at < args.max_tiles) args.tiles[at] = {to, begin, min(left, args.tile_rows), 0};
+        if (static_cast<uint32_t>(at) < static_cast<uint32_t>(args.max_tiles))
+            args.tiles[at] = {to, begin, min(left, args.tile_rows), 0};
     };
     for (int32_t i = 0; i < min(tiles, kOwnTiles); ++i)
         write(first_tile + i, expert, first_row + i * args.tile_rows, rows - i * args.tile_rows);
@@ -217,7 +219,8 @@ static __device__ __forceinline__ void write_tiles(const moe_align_args &args, i
 
 static __device__ __forceinline__ void write_num_tiles(const moe_align_args &args, int32_t tiles)
 {
-    args.num_tiles[0] = min(tiles, args.max_tiles);
+    args.num_tiles[0] = static_cast<int32_t>(
+        min(static_cast<uint32_t>(tiles), static_cast<uint32_t>(args.max_tiles)));
     args.num_tiles[1] = args.num_tiles[2] = 0; // taken by gate_up, by down (gemm_wgmma.cuh)
 }
 

@@ -324,8 +324,11 @@ struct gemm_swap {
         uint32_t before = 0;
         for (int32_t step = 0; step < num_steps; ++step) {
             mbarrier_wait(shared_address(&smem.landed[at.stage]), at.parity);
-            if (step == num_steps - 1 && threadIdx.x % 32 == 0)
-                mbarrier_arrive(shared_address(&smem.turn[1 - threadIdx.x / 128]));
+            if (step == num_steps - 1) {
+                __syncwarp(); // a lane left behind in the wait for its own turn would miss that phase
+                if (threadIdx.x % 32 == 0)
+                    mbarrier_arrive(shared_address(&smem.turn[1 - threadIdx.x / 128]));
+            }
             // cp.async writes through the generic proxy, wgmma reads through the other
             if constexpr (kGather) fence_proxy_async();
             uint64_t weight = wgmma_descriptor(shared_address(smem.weight[at.stage]));

@@ -30,7 +30,7 @@ def capture(torch, call):
 
 @pytest.mark.small
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("num_tokens", [1, 33, 700])
+@pytest.mark.parametrize("num_tokens", [1, 33, 700, 6000])  # the last: align in two launches
 @pytest.mark.parametrize("given", [True, False], ids=["out given", "allocates"])
 def test_replay_with_other_ids_and_weights(gpu, seed, dtype, num_tokens, given):
     """A captured call is replayed on other routings, tokens and weights, in the same memory."""

@@ -6,6 +6,7 @@
 #include "driver.h"
 
 #include <dlfcn.h>
+#include <math.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
@@ -187,11 +188,11 @@ static int describe(const moe_driver *driver, CUdevice handle, int device, moe_d
     info->hopper = info->capability == 90 && !moe_cuda_ptx_only(); /* there is no PTX of these */
     info->l2_bytes = l2;
     /* double data rate; of the datasheet's rate about 0.96 is readable (4.65 of 4.8 TB/s on an H200) */
-    info->read_bytes_per_us = 0.96 * 2.0 * memory_khz * 1e-3 * bus_bits / 8.0;
+    info->read_bytes_per_us = fmax(1.0, 0.96 * 2.0 * memory_khz * 1e-3 * bus_bits / 8.0);
     /* the dense 16-bit matrix rate: 2048 multiply-adds per clock and SM on Hopper, half of that on sm_80 */
     /* at the clock that such work sustains, about three quarters of the boost clock */
     info->flops_per_us =
-        0.74 * 2.0 * (major >= 9 ? 2048.0 : 1024.0) * info->num_sms * sm_khz * 1e-3;
+        fmax(1.0, 0.74 * 2.0 * (major >= 9 ? 2048.0 : 1024.0) * info->num_sms * sm_khz * 1e-3);
     return MOE_OK;
 }
 
