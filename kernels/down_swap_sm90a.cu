@@ -65,20 +65,6 @@ struct down_problem {
     }
 };
 
-template <class Gemm>
-static __device__ __forceinline__ void down(const moe_down_args &args, const tensor_map &weights,
-                                            const tensor_map &tokens)
-{
-    extern __shared__ __align__(1024) unsigned char dynamic_shared[];
-    typename Gemm::shared &smem = *reinterpret_cast<typename Gemm::shared *>(dynamic_shared);
-    if (threadIdx.x == 0) {
-        tensor_map_prefetch(&weights);
-        tensor_map_prefetch(&tokens);
-    }
-    Gemm::run(smem, down_problem<typename Gemm::T>{args, &weights, &tokens, args.hidden_size,
-                                                   args.intermediate_size});
-}
-
 #define MOE_KERNEL_sm90a_swap_down(name, type, rows, cols, k, stages, wm, wn, wk)                  \
     extern "C" __global__ void __launch_bounds__(                                                  \
         MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_sm90a_swap, 1)                      \
@@ -86,7 +72,9 @@ static __device__ __forceinline__ void down(const moe_down_args &args, const ten
              const __grid_constant__ tensor_map weights,                                           \
              const __grid_constant__ tensor_map tokens)                                            \
     {                                                                                              \
-        down<gemm_swap<type, false, rows, cols, k, stages>>(args, weights, tokens);                \
+        prefetch_maps(weights, tokens);                                                            \
+        run_gemm<gemm_swap<type, false, rows, cols, k, stages>>(down_problem<type>{                \
+            args, &weights, &tokens, args.hidden_size, args.intermediate_size});                   \
     }
 #define MOE_KERNEL_sm90a_swap_gate_up(...)
 #define MOE_KERNEL_sm90a_gate_up(...)

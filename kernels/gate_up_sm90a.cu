@@ -110,24 +110,15 @@ struct gate_up_problem {
     }
 };
 
-template <class Gemm>
-static __device__ __forceinline__ void gate_up(const moe_gate_up_args &args,
-                                               const tensor_map &weights)
-{
-    extern __shared__ __align__(1024) unsigned char dynamic_shared[];
-    typename Gemm::shared &smem = *reinterpret_cast<typename Gemm::shared *>(dynamic_shared);
-    if (threadIdx.x == 0) tensor_map_prefetch(&weights);
-    Gemm::run(smem, gate_up_problem<typename Gemm::T>{args, &weights, gate_up_cols(args),
-                                                      args.hidden_size});
-}
-
 #define MOE_KERNEL_sm90a_gate_up(name, type, rows, cols, k, stages, wm, wn, wk)                    \
     extern "C" __global__ void __launch_bounds__(                                                  \
         MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_sm90a, 1)                           \
         name(const __grid_constant__ moe_gate_up_args args,                                        \
              const __grid_constant__ tensor_map weights)                                           \
     {                                                                                              \
-        gate_up<gemm_wgmma<type, true, rows, cols, k, stages>>(args, weights);                     \
+        prefetch_maps(weights);                                                                    \
+        run_gemm<gemm_wgmma<type, true, rows, cols, k, stages>>(                                   \
+            gate_up_problem<type>{args, &weights, gate_up_cols(args), args.hidden_size});          \
     }
 #define MOE_KERNEL_sm90a_down(...)
 #define MOE_KERNEL_sm80_gate_up(...)

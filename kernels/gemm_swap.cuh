@@ -16,8 +16,7 @@
 #ifndef MOE_GEMM_SWAP_CUH
 #define MOE_GEMM_SWAP_CUH
 
-#include "gemm_common.cuh"
-#include "wgmma.cuh"
+#include "gemm_sm90a.cuh"
 
 // kGather: token rows by cp.async from where Problem::token_row says, else by the map of the tokens.
 template <class Type, bool kGather, int kRows_, int kCols_, int kTileK_, int kStages_>
@@ -66,22 +65,7 @@ struct gemm_swap {
                   "the host launches with the size that its macro gives");
 
     // Where a thread or warp is in the ring; goes on from item to item.
-    struct position {
-        uint32_t stage = 0, parity = 0;
-        __device__ __forceinline__ void next()
-        {
-            if (++stage == kStages) {
-                stage = 0;
-                parity ^= 1;
-            }
-        }
-        __device__ __forceinline__ void skip(uint32_t steps)
-        {
-            uint32_t to = stage + steps;
-            parity ^= to / kStages & 1;
-            stage = to % kStages;
-        }
-    };
+    using position = stage_position<kStages>;
 
     struct work {
         int32_t expert, row_begin, num_rows, col_begin; // num_rows < 0: past the end of the list
@@ -310,12 +294,6 @@ struct gemm_swap {
         if constexpr (kRows == 96 && !kBf16) wgmma_m64n96k16_f16(sums, weight, token, scale_d);
     }
 
-    static __device__ __forceinline__ void release(shared &smem, uint32_t stage)
-    {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&smem.read[stage]));
-    }
-
     // All of K. The groups wait for stages in turn: a parity tells this phase of a stage from the next only to whoever
     // knows that the one before has passed, and that one may be the other group's.
     static __device__ __forceinline__ void multiply(float (&sums)[kBlocks][kSums], shared &smem,
@@ -346,13 +324,13 @@ struct gemm_swap {
             wgmma_commit();
             if (step > 0) {
                 wgmma_wait<1>();
-                release(smem, before);
+                release_stage(smem.read[before]);
             }
             before = at.stage;
             at.next();
         }
         wgmma_wait<0>();
-        release(smem, before);
+        release_stage(smem.read[before]);
     }
 
     // ---------------------------------------------------------------------------------------------

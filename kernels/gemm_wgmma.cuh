@@ -16,8 +16,7 @@
 #ifndef MOE_GEMM_WGMMA_CUH
 #define MOE_GEMM_WGMMA_CUH
 
-#include "gemm_common.cuh"
-#include "wgmma.cuh"
+#include "gemm_sm90a.cuh"
 
 // kGather: token rows by cp.async from where Problem::token_row says, else by the map of the tokens.
 template <class Type, bool kGather, int kRows_, int kCols_, int kTileK_, int kStages_>
@@ -65,16 +64,7 @@ struct gemm_wgmma {
                   "the host launches with the size that its macro gives");
 
     // Where a thread or warp is in the ring; goes on from tile to tile.
-    struct position {
-        uint32_t stage = 0, parity = 0;
-        __device__ __forceinline__ void next()
-        {
-            if (++stage == kStages) {
-                stage = 0;
-                parity ^= 1;
-            }
-        }
-    };
+    using position = stage_position<kStages>;
 
     struct work {
         int32_t expert, row_begin, num_rows, col_begin; // num_rows < 0: past the end of the list
@@ -218,12 +208,6 @@ struct gemm_wgmma {
         if constexpr (kCols == 192 && !kBf16) wgmma_m64n192k16_f16(sums, token, weight, scale_d);
     }
 
-    static __device__ __forceinline__ void release(shared &smem, uint32_t stage)
-    {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&smem.read[stage]));
-    }
-
     // All of K. after_first: to be done while the first products are under way, if there are any.
     template <class AfterFirst>
     static __device__ __forceinline__ void
@@ -240,7 +224,7 @@ struct gemm_wgmma {
         if (static_cast<int32_t>(group * 64) >= num_rows) { // nothing but padding
             for (int32_t step = 0; step < num_steps; ++step) {
                 mbarrier_wait(shared_address(&smem.landed[at.stage]), at.parity);
-                release(smem, at.stage);
+                release_stage(smem.read[at.stage]);
                 at.next();
             }
             return;
@@ -264,13 +248,13 @@ struct gemm_wgmma {
                 after_first();
             } else {
                 wgmma_wait<1>();
-                release(smem, before);
+                release_stage(smem.read[before]);
             }
             before = at.stage;
             at.next();
         }
         wgmma_wait<0>();
-        release(smem, before);
+        release_stage(smem.read[before]);
     }
 
     // ---------------------------------------------------------------------------------------------

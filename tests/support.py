@@ -405,7 +405,7 @@ def assert_choice(logits, num_experts, topk, method, fields, ids):
             None, x.shape, topk, method, None, None, fields.get("tid2eid"), fields.get("token_ids")
         )
         assert (ids[:, :topk] == want).all()
-        return
+        return  # such a method chooses by no key: there is nothing else to hold
     key = reference.route_keys(x, score, method, fields.get("correction_bias"))
     terms = num_experts + 2 * np.ptp(x) if row.score == "softmax" else 0
     made = 1 if row.key == "score" else 0

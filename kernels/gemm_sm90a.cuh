@@ -1,0 +1,48 @@
+/* gemm_sm90a.cuh: what the two kinds of wgmma kernels, gemm_wgmma.cuh and gemm_swap.cuh, share: where a thread is in the
+ * ring, how a warp gives a stage back, how a kernel begins. */
+#ifndef MOE_GEMM_SM90A_CUH
+#define MOE_GEMM_SM90A_CUH
+
+#include "gemm_common.cuh"
+#include "wgmma.cuh"
+
+template <int kStages>
+struct stage_position {
+    uint32_t stage = 0, parity = 0;
+    __device__ __forceinline__ void next()
+    {
+        if (++stage == kStages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+    __device__ __forceinline__ void skip(uint32_t steps)
+    {
+        uint32_t to = stage + steps;
+        parity ^= to / kStages & 1;
+        stage = to % kStages;
+    }
+};
+
+// A warp has read a stage. All its lanes: one left behind would miss the phase once the stage is filled again.
+static __device__ __forceinline__ void release_stage(uint64_t &read)
+{
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&read));
+}
+
+template <class... Maps>
+static __device__ __forceinline__ void prefetch_maps(const Maps &...maps)
+{
+    if (threadIdx.x == 0) (tensor_map_prefetch(&maps), ...);
+}
+
+// The rest of a kernel. Problem: its rows, weights and epilogue.
+template <class Gemm, class Problem>
+static __device__ __forceinline__ void run_gemm(const Problem &problem)
+{
+    extern __shared__ __align__(1024) unsigned char dynamic_shared[];
+    Gemm::run(*reinterpret_cast<typename Gemm::shared *>(dynamic_shared), problem);
+}
+
+#endif
