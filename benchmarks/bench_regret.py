@@ -102,6 +102,7 @@ class Choices(bench.Layer):
             "best_us": round(us[best], 2),
             "best_plan": plans[best],
             "regret": round(us[chosen] / us[best], 3),
+            "choices": {plans[choice]: round(us[choice], 2) for choice in plans},
             "rel_rms": float(f"{report.rel_rms:.3g}"),
         }
 

@@ -74,8 +74,8 @@ static __device__ __forceinline__ void start_ring(decode_state &state, int32_t s
     }
     mbarrier_init(shared_address(&state.panel), 1);
     for (int buffer = 0; buffer < 2; ++buffer) {
-        mbarrier_init(shared_address(&state.summed[buffer]), kMathWarps);
-        mbarrier_init(shared_address(&state.written[buffer]), 1);
+        mbarrier_init(shared_address(&state.summed[buffer]), 32 * kMathWarps);
+        mbarrier_init(shared_address(&state.written[buffer]), 32);
     }
     fence_proxy_async();
     tensor_map_prefetch(body);

@@ -281,8 +281,7 @@ struct gate_up_decode {
             }
             mbarrier_wait(shared_address(&state.written[to.stage]), to.parity ^ 1);
             store_sums(acc, tiles, sums[to.stage]);
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&state.summed[to.stage]));
+            mbarrier_arrive(shared_address(&state.summed[to.stage]));
             to.next(2);
         }
     }
@@ -294,11 +293,8 @@ struct gate_up_decode {
 #pragma unroll 1
         for (; at.count > 0; next(at)) {
             write(from, state.active[at.rank], at.tile);
-            __syncwarp();
-            if (threadIdx.x % 32 == 0) {
-                mbarrier_wait(shared_address(&state.summed[from.stage]), from.parity);
-                mbarrier_arrive(shared_address(&state.written[from.stage]));
-            }
+            mbarrier_wait(shared_address(&state.summed[from.stage]), from.parity);
+            mbarrier_arrive(shared_address(&state.written[from.stage]));
             from.next(2);
         }
     }
