@@ -51,6 +51,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     matrix.clear();
     for (int32_t i = threadIdx.x; !alone && i < 2 * num_experts; i += blockDim.x)
         others[i] = 0;
+    fetch_parameters(args);
     __syncthreads();
     grid_dependency_wait();
     grid_launch_dependents();
@@ -98,6 +99,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x < args.num_experts) count[threadIdx.x] = 0;
     int64_t begin, end;
     block_slots(args, begin, end);
+    fetch_parameters(args);
     __syncthreads();
     grid_dependency_wait();
     grid_launch_dependents();

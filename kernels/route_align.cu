@@ -42,6 +42,7 @@ static __device__ __forceinline__ void route_align(const moe_route_args &route,
     extern "C" __global__ void __launch_bounds__(MOE_ROUTE_ALIGN_THREADS, 1)                       \
         moe_route_align_##name(const __grid_constant__ moe_route_align_args args)                  \
     {                                                                                              \
+        fetch_parameters(args);                                                                    \
         const moe_route_args route =                                                               \
             unpack<held, packed, MOE_SCORE_##score, MOE_KEY_##key, groups>(args.route);            \
         route_align<held, packed>(route, args.align);                                              \
