@@ -631,31 +631,40 @@ static int validate_layer(const moe_call *c, moe_problem *p, moe_error *err)
     }
     if (check_workspace(c, "hidden_states", x, err)) return err->status;
 
-    const named_tensor all[] = {{"hidden_states", x},
-                                {"w13", &c->w13},
-                                {"w2", &c->w2},
-                                {"topk_weights", &c->topk_weights},
-                                {"topk_ids", &c->topk_ids},
-                                {"router_logits", &c->router_logits},
-                                {"w13_bias", &c->w13_bias},
-                                {"w2_bias", &c->w2_bias},
-                                {"shared_output", &c->shared_output},
-                                {"expert_map", &c->expert_map},
-                                {"correction_bias", &c->correction_bias},
-                                {"expert_scale", &c->expert_scale},
-                                {"num_token_non_padded", &c->num_token_non_padded},
-                                {"expert_map", &c->routing_map},
-                                {"replica_map", &c->replica_map},
-                                {"tid2eid", &c->tid2eid},
-                                {"token_ids", &c->token_ids},
-                                {"out", &c->out},
-                                {"workspace", &c->workspace}};
-    enum { NUM_ALL = sizeof all / sizeof *all, OUT = NUM_ALL - 2, WORKSPACE = NUM_ALL - 1 };
-    for (int i = 0; i < NUM_ALL; ++i)
-        if (check_device(all[i].name, all[i].tensor, "hidden_states", x, err)) return err->status;
+    const named_tensor out = {"out", &c->out}, workspace = {"workspace", &c->workspace};
+    const named_tensor layer[] = {{"hidden_states", x},
+                                  {"w13", &c->w13},
+                                  {"w2", &c->w2},
+                                  {"topk_weights", &c->topk_weights},
+                                  {"topk_ids", &c->topk_ids},
+                                  {"w13_bias", &c->w13_bias},
+                                  {"w2_bias", &c->w2_bias},
+                                  {"shared_output", &c->shared_output},
+                                  {"expert_map", &c->expert_map},
+                                  out};
+    enum { NUM_LAYER = sizeof layer / sizeof *layer };
     const moe_tensor *const in_place[] = {x, &c->shared_output};
-    if (check_overlap(&all[OUT], all, OUT, in_place, sum ? 2 : 0, err)) return err->status;
-    if (check_overlap(&all[WORKSPACE], all, WORKSPACE, NULL, 0, err)) return err->status;
+    for (int i = 0; i < NUM_LAYER; ++i)
+        if (check_device(layer[i].name, layer[i].tensor, "hidden_states", x, err))
+            return err->status;
+    if (check_overlap(&out, layer, NUM_LAYER - 1, in_place, sum ? 2 : 0, err)) return err->status;
+    if (check_overlap(&workspace, layer, NUM_LAYER, NULL, 0, err)) return err->status;
+    if (c->operation == MOE_OP_FUSED_MOE) {
+        const named_tensor routing[] = {{"router_logits", &c->router_logits},
+                                        {"correction_bias", &c->correction_bias},
+                                        {"expert_scale", &c->expert_scale},
+                                        {"num_token_non_padded", &c->num_token_non_padded},
+                                        {"expert_map", &c->routing_map},
+                                        {"replica_map", &c->replica_map},
+                                        {"tid2eid", &c->tid2eid},
+                                        {"token_ids", &c->token_ids}};
+        enum { NUM_ROUTING = sizeof routing / sizeof *routing };
+        for (int i = 0; i < NUM_ROUTING; ++i)
+            if (check_device(routing[i].name, routing[i].tensor, "hidden_states", x, err))
+                return err->status;
+        if (check_overlap(&out, routing, NUM_ROUTING, NULL, 0, err)) return err->status;
+        if (check_overlap(&workspace, routing, NUM_ROUTING, NULL, 0, err)) return err->status;
+    }
     if (o->batch_invariant)
         return moe_fail(err, MOE_ERROR_NOT_IMPLEMENTED,
                         "batch_invariant: expected False, got True; that mode is not built yet");
