@@ -259,7 +259,8 @@ static double swap_us(const variant *v, const gemm_shape *s, const moe_device_in
                                                  item_us + rows * v->cols * result_us);
     const double bytes = weight_bytes(s) * (1.0 + again * (tiles / s->experts - 1.0)) +
                          row_times * all_rows * (double)s->row_bytes;
-    return fmax(compute_us, stream_us(v, s, bytes, d));
+    /* items and rows cost a little, too, where memory is what takes time */
+    return fmax(compute_us, stream_us(v, s, bytes, d)) + 0.04 * items + 0.03 * (v->rows - 32);
 }
 
 /* What the kernels are compared by; fitted to measurements of one kind beside the other, docs/notes/plan.md. */
@@ -270,7 +271,7 @@ static double gemm_us(const variant *v, const gemm_shape *s, const moe_device_in
     const double padded = (double)(ceil_div(s->weight_rows, v->cols) * v->cols);
     const double us =
         persistent_us(v, s, d) * 0.867 * (1.0 + 0.48 * (padded / (double)s->weight_rows - 1.0));
-    return fmax(us, stream_us(v, s, weight_bytes(s), d));
+    return fmax(us, stream_us(v, s, weight_bytes(s), d) + 0.03 * (v->rows - 32));
 }
 
 static bool usable(const variant *v, int32_t stage, const moe_problem *p, const moe_device_info *d)
@@ -595,7 +596,8 @@ static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_s
         return false;
 
     const double us = decode_us(gate_up, down, (double)tokens, cols, (double)expert_copies, d);
-    const double others = plan->gate_up.us + plan->down.us + 5.0; /* align, combine */
+    /* align, combine, and what four launches lose between them */
+    const double others = 4.4 + 1.085 * (plan->gate_up.us + plan->down.us);
     if (us > others) return false;
 
     const double share = up_bytes / (up_bytes + low_bytes);

@@ -1,26 +1,25 @@
 """The plan: pure, without a GPU, for GPUs that are not here too."""
 
 import json
-import math
 import re
 from pathlib import Path
 
 import fusedmoe
 import numpy as np
 import pytest
-from fusedmoe import _C, bench
+from fusedmoe import _C
 from fusedmoe.models import MODELS, Model
 from support import BF16, NumpyBackend, make_layer, run_layer
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "kernels" / "gemm_variants.def"
-RESULTS = ROOT / "benchmarks" / "results"
+CHOICES = ROOT / "tests" / "data" / "choices_h200.json"
 COLUMNS = (
     "name arch stage act weight scale orient layout rows cols k stages wm wn wk cluster align"
 ).split()
 NUM_SMS = (78, 114, 132)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-FEW_EXPERTS = Model(4096, 2048, 16, 1)
+LARGE_EXPERTS = Model(7168, 2048, 64, 8)
 MIB = 1 << 20
 LIMIT = 1536 * MIB
 DTYPES = {"bf16": "bfloat16", "f16": "float16"}
@@ -102,7 +101,7 @@ def chosen(**kwargs):
     """Names of the variants that plans over a wide range of layers choose."""
     names, table = set(), variants()
     for num_sms in NUM_SMS:
-        for model in (*MODELS.values(), FEW_EXPERTS):
+        for model in (*MODELS.values(), LARGE_EXPERTS):
             for tokens in TOKENS:
                 p = plan(tokens, *model, num_sms=num_sms, **kwargs)
                 names |= {table[p[stage]["variant"]]["name"] for stage in ("gate_up", "down")}
@@ -168,19 +167,20 @@ def test_plans_of_given_rows():
     assert plan(40, 264, 136, 3, 2) == plan(40, 264, 136, 3, 2)
 
 
-@pytest.mark.parametrize("case", ["random", "regret"])
-def test_choices_against_what_was_measured(case):
-    """On an H200 all choices were timed side by side: the plan's is rarely far from the best."""
-    records = json.loads((RESULTS / f"h200_{case}.json").read_text(encoding="utf-8"))["records"]
+def test_choices_against_what_was_measured():
+    """200 random layers and the models at 16 to 1024 tokens, with all choices timed side by side on
+    an H200: the plan's is rarely far from the best."""
+    points = json.loads(CHOICES.read_text(encoding="utf-8"))["points"]
     regrets = []
-    for record in records:
-        sizes = [record[name] for name in Model._fields]
-        text = bench.plan_text(plan(record["num_tokens"], *sizes))
-        if text in record["choices"]:  # else of rows that came later
-            regrets.append(record["choices"][text] / min(record["choices"].values()))
-    assert len(regrets) >= 0.7 * len(records)
-    assert math.exp(np.log(regrets).mean()) <= 1.03
-    assert np.mean(np.array(regrets) <= 1.10) >= 0.95
+    for *sizes, num_tokens, us in points:
+        p = plan(num_tokens, *sizes)
+        names = (p[s]["name"].removeprefix(f"moe_{s}_bf16_") for s in ("gate_up", "down"))
+        text = ", ".join(names)
+        if text in us:  # else not both of them were tried together
+            regrets.append(us[text] / min(us.values()))
+    assert len(regrets) >= 0.8 * len(points)
+    assert np.exp(np.log(regrets).mean()) <= 1.03
+    assert (np.array(regrets) <= 1.10).mean() >= 0.98
 
 
 def test_prefill_runs_on_wgmma():
