@@ -568,7 +568,8 @@ static PyObject *py_restrict_plans(PyObject *module, PyObject *args)
     return Py_NewRef(Py_None);
 }
 
-/* _fix_plans(gate_up, down): the same for rows of gemm_variants.def, which have one height; -1: the plan's choice. */
+/* _fix_plans(gate_up, down): the same for rows of gemm_variants.def, which have one height; -1: the plan's choice,
+ * both -2: the kernels of decode wherever they can. */
 static PyObject *py_fix_plans(PyObject *module, PyObject *args)
 {
     module_state *state = PyModule_GetState(module);
@@ -719,7 +720,8 @@ static PyMethodDef METHODS[] = {
     {"_restrict_plans", py_restrict_plans, METH_VARARGS,
      "(portable, tile_rows): plans take no kernel made for one architecture; only this height."},
     {"_fix_plans", py_fix_plans, METH_VARARGS,
-     "(gate_up, down): plans take these rows of the table of variants; -1: their own choice."},
+     "(gate_up, down): plans take these rows of the table of variants; -1: their own choice; both "
+     "-2: the kernels of decode wherever they can."},
     {"_routing_methods", py_routing_methods, METH_NOARGS,
      "The knobs of the routing methods, by name; see fusedmoe.routing."},
     {"_cpu_read_bandwidth", py_cpu_read_bandwidth, METH_NOARGS,

@@ -286,7 +286,7 @@ static bool allowed(int32_t row, int32_t stage, const moe_problem *p, const moe_
 {
     const variant *v = &VARIANTS[row];
     const int32_t only = stage == MOE_OP_GATE_UP ? d->gate_up_row : d->down_row;
-    if (only || d->tile_rows) return !only || only == row + 1;
+    if (only > 0 || d->tile_rows) return only <= 0 || only == row + 1;
     return !(d->hopper && p->vector_bytes >= 16 && v->arch == ARCH_sm80 && v->rows >= 64);
 }
 
@@ -550,7 +550,7 @@ static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_s
 {
     const moe_problem *p = &plan->problem;
     const int64_t tokens = p->num_tokens, slots = tokens * p->topk;
-    if (d->tile_rows || d->gate_up_row || d->down_row || !is_layer(p) ||
+    if (d->tile_rows || d->gate_up_row > 0 || d->down_row > 0 || !is_layer(p) ||
         p->combine != MOE_COMBINE_SUM || plan->num_chunks != 1 || p->vector_bytes < 16 ||
         slots > MOE_DECODE_SLOTS)
         return false;
@@ -598,7 +598,7 @@ static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_s
     const double us = decode_us(gate_up, down, (double)tokens, cols, (double)expert_copies, d);
     /* align, combine, and what four launches lose between them */
     const double others = 4.4 + 1.085 * (plan->gate_up.us + plan->down.us);
-    if (us > others) return false;
+    if (us > others && d->gate_up_row >= 0) return false;
 
     const double share = up_bytes / (up_bytes + low_bytes);
     fill_gemm(&plan->gate_up, up, gate_up, d, us * share);
