@@ -555,8 +555,8 @@ static PyObject *py_workspace_size(PyObject *module, PyObject *const *args, Py_s
     return PyLong_FromLongLong(plan.workspace.total + room);
 }
 
-/* _restrict_plans(portable, tile_rows): a private switch for benchmarks and tests, which run kernels that
- * the plan would not choose on this GPU or for layers so small. */
+/* _restrict_plans(portable, tile_rows): a private switch for benchmarks and tests, which run
+ * kernels that the plan would not choose on this GPU or for layers so small. */
 static PyObject *py_restrict_plans(PyObject *module, PyObject *args)
 {
     module_state *state = PyModule_GetState(module);
@@ -565,6 +565,19 @@ static PyObject *py_restrict_plans(PyObject *module, PyObject *args)
     state->portable_kernels = portable;
     state->plan_tile_rows = tile_rows;
     memset(&state->plans, 0, sizeof state->plans); /* made under the other setting */
+    return Py_NewRef(Py_None);
+}
+
+/* _fix_plans(gate_up, down): the same for rows of gemm_variants.def, which have one height; -1: the plan's choice,
+ * both -2: the kernels of decode wherever they can. */
+static PyObject *py_fix_plans(PyObject *module, PyObject *args)
+{
+    module_state *state = PyModule_GetState(module);
+    int gate_up = -1, down = -1;
+    if (!PyArg_ParseTuple(args, "ii:_fix_plans", &gate_up, &down)) return NULL;
+    state->plan_gate_up = gate_up + 1;
+    state->plan_down = down + 1;
+    memset(&state->plans, 0, sizeof state->plans);
     return Py_NewRef(Py_None);
 }
 
@@ -706,6 +719,9 @@ static PyMethodDef METHODS[] = {
     {"info", py_info, METH_NOARGS, "Facts about this build and machine, as a dict."},
     {"_restrict_plans", py_restrict_plans, METH_VARARGS,
      "(portable, tile_rows): plans take no kernel made for one architecture; only this height."},
+    {"_fix_plans", py_fix_plans, METH_VARARGS,
+     "(gate_up, down): plans take these rows of the table of variants; -1: their own choice; both "
+     "-2: the kernels of decode wherever they can."},
     {"_routing_methods", py_routing_methods, METH_NOARGS,
      "The knobs of the routing methods, by name; see fusedmoe.routing."},
     {"_cpu_read_bandwidth", py_cpu_read_bandwidth, METH_NOARGS,
