@@ -107,6 +107,7 @@ typedef struct module_state {
     moe_plan_cache plans;
     int portable_kernels;    /* _restrict_plans: no kernel made for one architecture alone */
     int plan_tile_rows;      /* and only GEMM variants of this height; 0: all */
+    int plan_apart;          /* and no gate_up and down in one launch */
     int64_t workspace_limit; /* FUSEDMOE_WORKSPACE_LIMIT or the default */
 } module_state;
 
@@ -125,6 +126,7 @@ static inline void restrict_plans(const module_state *state, moe_device_info *in
 {
     if (state->portable_kernels) info->hopper = 0;
     info->tile_rows = state->plan_tile_rows;
+    info->apart = state->plan_apart;
 }
 
 /* ---- parse.c --------------------------------------------------------------------------------- */

@@ -188,6 +188,7 @@ typedef struct moe_device_info {
     int32_t capability;     /* 90 for sm_90; on the CPU the level of simd.h */
     int32_t hopper;         /* 1: runs the kernels made for sm_90a */
     int32_t tile_rows;      /* tests: only variants of this height, where there are any; 0: all */
+    int32_t apart;          /* tests: 1: gate_up and down in launches of their own */
     int32_t smem_per_block; /* bytes, opt-in maximum */
     int32_t smem_per_sm;    /* bytes */
     int64_t l2_bytes;
@@ -226,7 +227,8 @@ typedef struct moe_plan {
     int32_t smem_per_block;
     int64_t chunk_tokens; /* tokens per pass; num_tokens where one pass is enough */
     int64_t num_chunks;
-    int32_t decode; /* 1: no align and no combine; gate_up and down read topk_ids themselves */
+    int32_t decode;     /* 1: no align and no combine; gate_up and down read topk_ids themselves */
+    int32_t one_launch; /* 1: gate_up and down, by the variant of both */
     int32_t align_blocks; /* thread blocks; one launch, where workspace.counts is used two */
     int32_t tile_rows;
     int32_t max_tiles; /* of one chunk */
