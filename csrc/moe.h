@@ -190,6 +190,7 @@ typedef struct moe_device_info {
     int32_t tile_rows;      /* tests: only variants of this height, where there are any; 0: all */
     int32_t gate_up_row;    /* tests: 1 + the row of gemm_variants.def, no other; 0: all; */
     int32_t down_row;       /* the same; both -1: the kernels of decode wherever they can */
+    int32_t apart;          /* tests: 1: gate_up and down in launches of their own */
     int32_t smem_per_block; /* bytes, opt-in maximum */
     int32_t smem_per_sm;    /* bytes */
     int64_t l2_bytes;
@@ -239,7 +240,8 @@ typedef struct moe_plan {
     int32_t smem_per_block;
     int64_t chunk_tokens; /* tokens per pass; num_tokens where one pass is enough */
     int64_t num_chunks;
-    int32_t decode; /* 1: no align and no combine; gate_up and down read topk_ids themselves */
+    int32_t decode;     /* 1: no align and no combine; gate_up and down read topk_ids themselves */
+    int32_t one_launch; /* 1: gate_up and down, by the variant of both */
     moe_align_plan align;
     int32_t route_threads; /* of a block; a warp for each token */
     int32_t tile_rows;

@@ -74,6 +74,16 @@ static int run_down(const run *r, const moe_down_args *a)
                      : moe_cpu_down(a, r->err);
 }
 
+static int run_experts(const run *r, const moe_gate_up_args *gate_up, const moe_down_args *down)
+{
+    if (r->plan->one_launch) {
+        const moe_experts_args a = {*gate_up, *down};
+        return moe_cuda_experts(r->plan, &a, r->device, r->stream, r->err);
+    }
+    if (run_gate_up(r, gate_up)) return r->err->status;
+    return run_down(r, down);
+}
+
 static int run_combine(const run *r, const moe_combine_args *a)
 {
     return on_gpu(r) ? moe_cuda_combine(r->plan, a, r->device, r->stream, r->err)
@@ -374,10 +384,9 @@ static int run_chunk(const run *r, int64_t first_token, int64_t num_tokens)
         return r->err->status;
     }
     if (r->plan->decode) return run_decode(r, first_token, num_tokens);
-    moe_gate_up_args gate_up = gate_up_args(r, first_token, num_tokens);
-    if (run_gate_up(r, &gate_up)) return r->err->status;
-    moe_down_args down = down_args(r, first_token, num_tokens);
-    if (run_down(r, &down)) return r->err->status;
+    const moe_gate_up_args gate_up = gate_up_args(r, first_token, num_tokens);
+    const moe_down_args down = down_args(r, first_token, num_tokens);
+    if (run_experts(r, &gate_up, &down)) return r->err->status;
     moe_combine_args combine = combine_args(r, first_token, num_tokens);
     return run_combine(r, &combine);
 }

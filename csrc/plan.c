@@ -19,7 +19,7 @@ typedef struct variant {
 } variant;
 
 enum { ARCH_sm80 = 80, ARCH_sm90a = 90, ARCH_sm90a_decode = 91, ARCH_sm90a_swap = 92 };
-enum { STAGE_gate_up = MOE_OP_GATE_UP, STAGE_down = MOE_OP_DOWN };
+enum { STAGE_gate_up = MOE_OP_GATE_UP, STAGE_down = MOE_OP_DOWN, STAGE_experts = -1 /* both */ };
 #define DTYPE_bf16 MOE_BF16
 #define DTYPE_f16  MOE_F16
 
@@ -287,6 +287,14 @@ static bool allowed(int32_t row, int32_t stage, const moe_problem *p, const moe_
     return !(d->hopper && p->vector_bytes >= 16 && v->arch == ARCH_sm80 && v->rows >= 64);
 }
 
+/* Expected rows of an expert up to which sm90a_swap was measured to be faster than wgmma with tiles of 128 rows; more
+ * where these are fewer than SMs. */
+static int32_t most_swap_rows(const moe_problem *p, const moe_device_info *d)
+{
+    const int64_t tiles = p->num_experts * ceil_div((p->gated ? 2 : 1) * p->intermediate_size, 256);
+    return tiles < d->num_sms ? 72 : 48;
+}
+
 static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem *p,
                             const moe_device_info *d, const gemm_shape *s, double *us)
 {
@@ -511,6 +519,39 @@ static int choose_gemms(moe_plan *plan, const moe_device_info *d, const gemm_sha
     return MOE_OK;
 }
 
+/* A layer's gate_up and down in one launch, by a row for both (docs/notes/mid_kernels.md): measured on an H200 wherever the
+ * weights are what takes time and their items are enough for all SMs; and where each of them would be of sm90a_swap. */
+static bool join_gemms(moe_plan *plan, const moe_device_info *d, const gemm_shape *gate_up,
+                       const gemm_shape *down)
+{
+    const moe_problem *p = &plan->problem;
+    const double rows = gate_up->rows_per_expert;
+    if (d->apart || d->gate_up_row || d->down_row || !is_layer(p)) return false;
+    int32_t height = plan->tile_rows;
+    if (!d->tile_rows) {
+        if (p->num_tokens <= 8 || rows > most_swap_rows(p, d)) return false;
+        const double bytes = weight_bytes(gate_up) + weight_bytes(down);
+        const double items = gate_up->experts * (double)ceil_div(gate_up->weight_rows, 128);
+        if (bytes >= 100e6 && items >= d->num_sms)
+            height = rows <= 20.0 ? 32 : rows <= 48.0 ? 64 : 96;
+        else if (VARIANTS[plan->gate_up.variant].arch != ARCH_sm90a_swap ||
+                 VARIANTS[plan->down.variant].arch != ARCH_sm90a_swap)
+            return false;
+    } else if (VARIANTS[plan->gate_up.variant].arch != ARCH_sm90a_swap ||
+               VARIANTS[plan->down.variant].arch != ARCH_sm90a_swap) {
+        return false;
+    }
+    for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
+        if (VARIANTS[i].rows != height || !usable(&VARIANTS[i], STAGE_experts, p, d)) continue;
+        fill_gemm(&plan->gate_up, i, gate_up, d, plan->gate_up.us);
+        fill_gemm(&plan->down, i, down, d, plan->down.us);
+        plan->tile_rows = height;
+        plan->one_launch = 1;
+        return true;
+    }
+    return false;
+}
+
 /* ------------------------------------------------------------------------------------------------
  * Decode: gate_up and down that need no align and no combine */
 
@@ -673,7 +714,10 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
     plan->tile_rows = SMALLEST_TILE_ROWS;
     if (plan->backend == MOE_CUDA) {
         if (choose_gemms(plan, device, &gate_up, &down, err)) return err->status;
-        choose_decode(plan, device, &gate_up, &down);
+        /* measured: from 16 tokens on one launch for gate_up and down is as fast as decode, or faster */
+        const bool joined = tokens >= 16 && join_gemms(plan, device, &gate_up, &down);
+        if (!joined && !choose_decode(plan, device, &gate_up, &down))
+            join_gemms(plan, device, &gate_up, &down);
     }
     plan->max_tiles = (int32_t)most_tiles(p, slots, plan->tile_rows);
 
@@ -691,8 +735,8 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
         plan->us = chunks * (plan->gate_up.us + plan->down.us + combine_us + 3.0 * align_launches +
                              (p->routed ? 2.5 : 0));
         plan->num_launches =
-            (int32_t)min64(INT32_MAX, plan->num_chunks * (2 + combine_launches + align_launches +
-                                                          (p->routed ? 1 : 0)));
+            (int32_t)min64(INT32_MAX, plan->num_chunks * (2 - plan->one_launch + combine_launches +
+                                                          align_launches + (p->routed ? 1 : 0)));
     } else {
         plan->gate_up.us = fmax(plan->gate_up.bytes / device->read_bytes_per_us,
                                 plan->gate_up.flops / device->flops_per_us);

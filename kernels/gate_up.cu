@@ -91,6 +91,7 @@ static __device__ __forceinline__ void gate_up(const moe_gate_up_args &args)
 #define MOE_KERNEL_sm90a_decode_down(...)
 #define MOE_KERNEL_sm90a_swap_gate_up(...)
 #define MOE_KERNEL_sm90a_swap_down(...)
+#define MOE_KERNEL_sm90a_swap_experts(...)
 #define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
                          stages, wm, wn, wk, cluster, align)                                       \
     MOE_KERNEL_##arch##_##stage(name, act, rows, cols, k, stages, wm, wn, wk, align)

@@ -127,6 +127,7 @@ struct gate_up_problem {
 #define MOE_KERNEL_sm90a_decode_down(...)
 #define MOE_KERNEL_sm90a_swap_gate_up(...)
 #define MOE_KERNEL_sm90a_swap_down(...)
+#define MOE_KERNEL_sm90a_swap_experts(...)
 #define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
                          stages, wm, wn, wk, cluster, align)                                       \
     MOE_KERNEL_##arch##_##stage(name, act, rows, cols, k, stages, wm, wn, wk)

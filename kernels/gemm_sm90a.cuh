@@ -37,12 +37,12 @@ static __device__ __forceinline__ void prefetch_maps(const Maps &...maps)
     if (threadIdx.x == 0) (tensor_map_prefetch(&maps), ...);
 }
 
-// The rest of a kernel. Problem: its rows, weights and epilogue.
-template <class Gemm, class Problem>
-static __device__ __forceinline__ void run_gemm(const Problem &problem)
+// The rest of a kernel. Problems: their rows, weights and epilogues.
+template <class Gemm, class... Problems>
+static __device__ __forceinline__ void run_gemm(const Problems &...problems)
 {
     extern __shared__ __align__(1024) unsigned char dynamic_shared[];
-    Gemm::run(*reinterpret_cast<typename Gemm::shared *>(dynamic_shared), problem);
+    Gemm::run(*reinterpret_cast<typename Gemm::shared *>(dynamic_shared), problems...);
 }
 
 #endif

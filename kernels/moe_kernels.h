@@ -94,7 +94,7 @@ typedef struct moe_tile {
     int32_t expert;
     int32_t row_begin;
     int32_t num_rows; /* 1 .. tile_rows */
-    int32_t reserved; /* 0 */
+    int32_t done;     /* 0; counts what gate_up has written, where down runs in the same launch */
 } moe_tile;
 
 /* Stage 1, route: topk_weights, topk_ids = select(router_logits). Slots are the topk routed ones, then those of
@@ -289,6 +289,12 @@ typedef struct moe_down_args {
     int32_t max_tiles;
 } moe_down_args;
 
+/* Stages 3 and 4 in one launch. */
+typedef struct moe_experts_args {
+    moe_gate_up_args gate_up;
+    moe_down_args down; /* tiles, num_tiles: the same */
+} moe_experts_args;
+
 /* A CUtensorMap, encoded by the host; cuda.h is no header of the kernels. */
 typedef struct moe_tensor_map {
     uint64_t opaque[16];
@@ -362,7 +368,7 @@ typedef struct moe_combine_args {
 #define MOE_GEMM_PRODUCERS_sm80         0 /* warps beside these that only copy */
 #define MOE_GEMM_PRODUCERS_sm90a        4
 #define MOE_GEMM_PRODUCERS_sm90a_decode 2 /* one copies, one writes (gate_up) */
-#define MOE_GEMM_PRODUCERS_sm90a_swap   4 /* one feeds the copy engine, two gather (gate_up) */
+#define MOE_GEMM_PRODUCERS_sm90a_swap   4 /* one feeds the copy engine, two gather */
 #define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)                                                 \
     ((stages) * ((rows) + (cols)) * (k) * 2 + (rows) * 8)
 /* The ring, half the tile's columns of rounded results, barriers. */
@@ -373,10 +379,10 @@ typedef struct moe_combine_args {
      1024 * 1024)
 #define MOE_GEMM_SMEM_sm80(rows, cols, k, stages)  MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)
 #define MOE_GEMM_SMEM_sm90a(rows, cols, k, stages) MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)
-/* The ring, eight warps' results and router weights, barriers and items. */
+/* The ring, eight warps' results and router weights, 16 items and their barriers, barriers of the ring. */
 #define MOE_GEMM_SMEM_BYTES_sm90a_swap(rows, cols, k, stages)                                      \
-    (((stages) * ((rows) + (cols)) * (k) * 2 + 8 * (768 + (rows) * 4) + 16 * (stages) + 80 +       \
-      1023) /                                                                                      \
+    (((stages) * ((rows) + (cols)) * (k) * 2 + 8 * (768 + (rows) * 4) + 16 * 40 + 16 * (stages) +  \
+      16 + 1023) /                                                                                 \
      1024 * 1024)
 #define MOE_GEMM_SMEM_sm90a_swap(rows, cols, k, stages)                                            \
     MOE_GEMM_SMEM_BYTES_sm90a_swap(rows, cols, k, stages)
@@ -405,7 +411,7 @@ typedef struct moe_combine_args {
 #define MOE_GEMM_WEIGHT_BOX_sm90a(cols)        ((cols) / 2)
 #define MOE_GEMM_TOKEN_BOX_sm90a(rows)         64
 #define MOE_GEMM_WEIGHT_BOX_sm90a_swap(cols)   ((cols) / 2)
-#define MOE_GEMM_TOKEN_BOX_sm90a_swap(rows)    16
+#define MOE_GEMM_TOKEN_BOX_sm90a_swap(rows)    0
 #define MOE_GEMM_WEIGHT_BOX_sm90a_decode(cols) (cols)
 #define MOE_GEMM_TOKEN_BOX_sm90a_decode(rows)  0
 /* What L2 asks memory for where a copy of weights misses it. */
@@ -468,6 +474,7 @@ MOE_ASSERT_SIZE(moe_route_align_args, 248);
 MOE_ASSERT_SIZE(moe_pad_args, 88);
 MOE_ASSERT_SIZE(moe_gate_up_args, 192);
 MOE_ASSERT_SIZE(moe_down_args, 168);
+MOE_ASSERT_SIZE(moe_experts_args, 360);
 MOE_ASSERT_SIZE(moe_tensor_map, 128);
 MOE_ASSERT_SIZE(moe_slot_args, 72);
 MOE_ASSERT_SIZE(moe_gate_up_decode_args, 272);

@@ -117,6 +117,32 @@ __device__ __forceinline__ void count_if_greater(uint32_t &count, uint64_t a, ui
         : "+r"(count) : "l"(a), "l"(b));
 }
 
+// st.global, "st", "cache eviction priority hints": 16 bytes that leave L2 last (evict_last). Each thread for itself.
+__device__ __forceinline__ void store_16_kept(void *global, uint4 v)
+{
+    asm volatile("{\n"
+                 ".reg .b64 kept;\n"
+                 "createpolicy.fractional.L2::evict_last.b64 kept, 1.0;\n"
+                 "st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, kept;\n"
+                 "}"
+                 :: "l"(global), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+// ld.acquire.gpu, "ld": what its writer released before is visible behind it. Each thread for itself.
+__device__ __forceinline__ int32_t load_acquire(const int32_t *global)
+{
+    int32_t v;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(global) : "memory");
+    return v;
+}
+
+// red.release.gpu.add, "red": what this thread wrote, or saw written behind a barrier, is visible to whoever acquires the
+// sum. Each thread for itself.
+__device__ __forceinline__ void add_release(int32_t *global, int32_t add)
+{
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" :: "l"(global), "r"(add) : "memory");
+}
+
 // The parameters of a kernel in the constant cache: every launch misses it anew, each 64 bytes of them, which is best
 // waited for while there is nothing else to do. nanosleep.u32, "nanosleep": never; it keeps the reads. Each thread for itself.
 template <class Args>

@@ -73,7 +73,7 @@ def test_info_lists_the_variants():
 @pytest.mark.parametrize("v", variants(), ids=lambda v: v["name"])
 def test_variant_is_one_that_a_gpu_can_run(v):
     """Whole mma fragments, a ring that fits shared memory, no more than 1024 threads."""
-    assert v["stage"] in ("gate_up", "down") and v["act"] in DTYPES
+    assert v["stage"] in ("gate_up", "down", "experts") and v["act"] in DTYPES
     m, n = ("cols", "rows") if v["orient"] == "swap" else ("rows", "cols")
     assert v[m] % (16 * v["wm"]) == 0 and v[n] % (8 * v["wn"]) == 0
     assert v["k"] % (16 * v["wk"]) == 0
@@ -97,6 +97,19 @@ def test_gate_up_and_down_have_the_same_heights():
             assert heights[0] == heights[1] and heights[0]
 
 
+def test_rows_for_both_stages():
+    """Where both stages have a row of sm90a_swap, there is one that does both in one launch."""
+    heights = {
+        stage: {
+            (v["act"], v["rows"])
+            for v in variants()
+            if v["stage"] == stage and v["arch"] == "sm90a_swap"
+        }
+        for stage in ("gate_up", "down", "experts")
+    }
+    assert heights["gate_up"] == heights["down"] == heights["experts"]
+
+
 def chosen(**kwargs):
     """Names of the variants that plans over a wide range of layers choose."""
     names, table = set(), variants()
@@ -116,9 +129,9 @@ def all_chosen():
     return names
 
 
-def portable_chosen():
+def portable_chosen(*restriction):
     """The same on a GPU that runs no kernel made for one architecture alone."""
-    _C._restrict_plans(True, 0)
+    _C._restrict_plans(*(restriction or (True, 0)))
     try:
         return all_chosen()
     finally:
@@ -127,7 +140,8 @@ def portable_chosen():
 
 def test_every_variant_is_chosen_somewhere():
     """A row that no layer in use is planned with is dead weight in every wheel."""
-    assert {v["name"] for v in variants()} - all_chosen() - portable_chosen() == set()
+    found = all_chosen() | portable_chosen() | portable_chosen(False, 0, True)
+    assert {v["name"] for v in variants()} - found == set()
 
 
 def test_portable_kernels_alone():
@@ -213,7 +227,8 @@ def test_chosen_variants_can_do_the_job(dtype, vector_bytes, num_sms):
             for stage in ("gate_up", "down"):
                 g = p[stage]
                 v = table[g["variant"]]
-                assert v["stage"] == stage and DTYPES[v["act"]] == dtype
+                both = v["stage"] == "experts" and p["gate_up"]["name"] == p["down"]["name"]
+                assert (v["stage"] == stage or both) and DTYPES[v["act"]] == dtype
                 assert v["align"] <= vector_bytes
                 assert (g["tile_rows"], g["tile_cols"]) == (v["rows"], v["cols"])
                 assert g["tile_rows"] == p["tile_rows"]
@@ -381,11 +396,13 @@ def test_more_tokens_do_not_get_cheaper_by_much():
 
 def test_launches():
     """One launch a stage; the alignment of many slots takes two. A few tokens: two, without align
-    and combine."""
-    for tokens in (1, 32, 2048, 2049):
+    and combine. Kernels that stream the weights under wgmma: gate_up and down in one."""
+    for tokens in (1, 32, 256, 2048, 2049):
         p = plan(tokens, 2048, 768, 128, 8)
         align = 2 if p["workspace"]["counts"] >= 0 else 1
         assert align == (1 if tokens * 8 <= 16384 else 2)
-        assert p["num_launches"] == (2 if tokens == 1 else 3 + align)
+        both = p["gate_up"]["name"] == p["down"]["name"]
+        assert both == (tokens in (32, 256))
+        assert p["num_launches"] == (2 if tokens == 1 else 3 + align - both)
         routed = plan(tokens, 2048, 768, 128, 8, routed=True)
         assert routed["num_launches"] == p["num_launches"] + 1

@@ -48,6 +48,7 @@ enum {
 #define PARAMS_sm90a_down           moe_down_args
 #define PARAMS_sm90a_swap_gate_up   moe_gate_up_args
 #define PARAMS_sm90a_swap_down      moe_down_args
+#define PARAMS_sm90a_swap_experts   moe_experts_args
 #define PARAMS_sm90a_decode_gate_up moe_gate_up_decode_args
 #define PARAMS_sm90a_decode_down    moe_down_decode_args
 #define ARCH_sm80                   80
@@ -59,7 +60,8 @@ enum {
 #define MAPS_sm90a_gate_up          1
 #define MAPS_sm90a_down             2
 #define MAPS_sm90a_swap_gate_up     1
-#define MAPS_sm90a_swap_down        2
+#define MAPS_sm90a_swap_down        1
+#define MAPS_sm90a_swap_experts     2 /* of w13, of w2 */
 #define MAPS_sm90a_decode_gate_up   2 /* of the weights: a stage, and what is left of K */
 #define MAPS_sm90a_decode_down      2
 #define FILE_sm80(stage)            stage /* the .cu file that instantiates the row */
@@ -364,6 +366,21 @@ int moe_cuda_gate_up(const moe_plan *plan, const moe_gate_up_args *args, int dev
     weights.fetch_bytes = (uint16_t)plan->gate_up.fetch_bytes;
     return launch_mapped(KERNEL_FIRST_VARIANT + plan->gate_up.variant, &g, &a, &weights, device,
                          stream, err);
+}
+
+int moe_cuda_experts(const moe_plan *plan, const moe_experts_args *args, int device, void *stream,
+                     moe_error *err)
+{
+    moe_experts_args a = *args;
+    moe_gemm_plan both = plan->gate_up;
+    both.grid_cols += plan->down.grid_cols;
+    const geometry g = gemm_geometry(&both, plan->max_tiles);
+    moe_tensor_key keys[2] = {w13_key(&a.gate_up, plan->gate_up.weight_box),
+                              w2_key(&a.down, plan->down.weight_box)};
+    keys[0].fetch_bytes = (uint16_t)plan->gate_up.fetch_bytes;
+    keys[1].fetch_bytes = (uint16_t)plan->down.fetch_bytes;
+    return launch_mapped(KERNEL_FIRST_VARIANT + plan->gate_up.variant, &g, &a, keys, device, stream,
+                         err);
 }
 
 int moe_cuda_gate_up_decode(const moe_plan *plan, const moe_gate_up_decode_args *args, int device,

@@ -1,0 +1,70 @@
+"""gate_up and down in one launch against one launch each, on a GPU: the same bits, whoever waits
+for whom. Against the oracle: tests/test_variants.py."""
+
+import pytest
+from fusedmoe import _C, fused_experts
+from support import BF16, F16, F32, make_layer, put_layer, run_layer, same_bits, workspace_bytes
+
+pytestmark = pytest.mark.gpu
+
+ROUTINGS = ["uniform", "same", "half", "dropped", "none", "duplicates"]
+SIZES = [
+    # num_tokens, hidden_size, intermediate_size, num_experts, topk
+    (200, 1024, 320, 16, 4),  # items of several stages, down's columns taken by several
+    (77, 512, 128, 64, 8),  # down: one stage an item
+    (64, 256, 2048, 4, 1),  # few tiles: down waits for gate_up
+    (400, 136, 192, 2, 1),  # tiles of one expert, K that ends inside a stage
+    (1, 8, 8, 1, 1),
+]
+
+
+@pytest.fixture(params=[32, 64, 96])
+def height(request, gpu):
+    yield request.param
+    _C._restrict_plans(False, 0)
+
+
+def two_launches(gpu, layer, height):
+    _C._restrict_plans(False, height, True)
+    want = run_layer(gpu, layer)
+    _C._restrict_plans(False, height)
+    return want
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_same_bits_as_two(gpu, height, seed, sizes, routing):
+    layer = make_layer(seed, *sizes, routing=routing)
+    want = two_launches(gpu, layer, height)
+    for fill in (0, 0xFF, 1, 0x7F):
+        assert same_bits(run_layer(gpu, layer, fill=fill), want)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_biases_and_weights_on_input(gpu, height, seed, dtype):
+    more = {"w13_bias": F32, "w2_bias": F32, "apply_router_weight_on_input": True}
+    layer = make_layer(seed, 150, 264, 136, 5, 2, dtype, **more)
+    want = two_launches(gpu, layer, height)
+    assert same_bits(run_layer(gpu, layer), want)
+
+
+def test_two_streams(gpu, height, seed):
+    """Each has some of the SMs; neither waits for a thread block that has no room."""
+    torch = gpu.torch
+    layer = make_layer(seed, 300, 512, 384, 8, 2)
+    want = two_launches(gpu, layer, height)
+    tensors, options = put_layer(gpu, layer)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    outs = [[gpu.empty(layer.out_shape, BF16) for _ in range(8)] for _ in streams]
+    scratch = [
+        torch.full((workspace_bytes(gpu, layer) + 256,), 0xFF, dtype=torch.uint8, device=gpu.device)
+        for _ in streams
+    ]
+    torch.cuda.synchronize()
+    for i in range(8):
+        for stream, own, workspace in zip(streams, outs, scratch, strict=True):
+            fused_experts(
+                **tensors, **options, out=own[i], workspace=workspace, stream=stream.cuda_stream
+            )
+    torch.cuda.synchronize()
+    assert all(same_bits(gpu.get(out), want) for own in outs for out in own)
