@@ -17,10 +17,12 @@
 enum { TEXT = 160 };
 
 /* What one tensor argument has to look like. shape -1: any extent (at least 1 unless it is the tokens). */
+#define BIT(dtype) (1u << (dtype))
+
 typedef struct expectation {
     const char *name;
     const moe_tensor *tensor;
-    int32_t dtypes[3]; /* accepted, padded with MOE_DTYPE_NONE */
+    uint32_t dtypes; /* accepted: a bit each */
     int32_t ndim;
     int64_t shape[3];
     const char *shape_text; /* "[num_tokens, hidden_size]" */
@@ -39,17 +41,18 @@ static void shape_text(const int64_t *shape, int32_t ndim, char *text, size_t si
     if (used < size) snprintf(text + used, size - used, "]");
 }
 
-static const char *dtypes_text(const int32_t *dtypes, char *text, size_t size)
+static const char *dtypes_text(uint32_t dtypes, char *text, size_t size)
 {
     size_t used = 0;
     text[0] = 0;
-    for (int i = 0; i < 3 && dtypes[i] != MOE_DTYPE_NONE && used < size; ++i) {
-        bool last = i == 2 || dtypes[i + 1] == MOE_DTYPE_NONE;
+    for (int32_t dtype = 0; dtypes != 0 && used < size; ++dtype) {
+        if (!(dtypes & BIT(dtype))) continue;
+        dtypes &= ~BIT(dtype);
         int wrote = snprintf(text + used, size - used, "%s%s",
-                             i == 0 ? ""
-                             : last ? " or "
-                                    : ", ",
-                             moe_dtype_name(dtypes[i]));
+                             used == 0     ? ""
+                             : dtypes == 0 ? " or "
+                                           : ", ",
+                             moe_dtype_name(dtype));
         used += wrote > 0 ? (size_t)wrote : 0;
     }
     return text;
@@ -64,10 +67,7 @@ static int check_tensor(const expectation *want, moe_error *err)
     if (!tensor_present(t))
         return moe_fail(err, MOE_ERROR_TYPE, "%s: expected a %s tensor %s, got None", want->name,
                         dtypes_text(want->dtypes, dtypes, sizeof dtypes), want->shape_text);
-    bool known = false;
-    for (int i = 0; i < 3; ++i)
-        known |= want->dtypes[i] != MOE_DTYPE_NONE && t->dtype == want->dtypes[i];
-    if (!known)
+    if (t->dtype == MOE_DTYPE_NONE || !(want->dtypes & BIT(t->dtype)))
         return moe_fail(err, MOE_ERROR_TYPE, "%s: expected dtype %s, got %s", want->name,
                         dtypes_text(want->dtypes, dtypes, sizeof dtypes),
                         moe_tensor_text(t, got, sizeof got));
@@ -258,7 +258,7 @@ static int check_expert_map(const moe_call *c, const char *like_name, const moe_
                             moe_error *err)
 {
     if (!tensor_present(&c->expert_map)) return MOE_OK;
-    const expectation map = {"expert_map", &c->expert_map,     {MOE_I32}, 1,
+    const expectation map = {"expert_map", &c->expert_map,     BIT(MOE_I32), 1,
                              {-1},         "[global experts]", false};
     if (check_tensor(&map, err)) return err->status;
     if (check_extent("expert_map", "length", c->expert_map.shape[0], 1, MAX_SLOTS, err))
@@ -304,7 +304,8 @@ static int check_workspace(const moe_call *c, const char *like_name, const moe_t
                            moe_error *err)
 {
     if (!tensor_present(&c->workspace)) return MOE_OK;
-    const expectation workspace = {"workspace", &c->workspace, {MOE_U8}, 1, {-1}, "[bytes]", true};
+    const expectation workspace = {"workspace", &c->workspace, BIT(MOE_U8), 1,
+                                   {-1},        "[bytes]",     true};
     if (check_tensor(&workspace, err)) return err->status;
     return check_device("workspace", &c->workspace, like_name, like, err);
 }
@@ -433,29 +434,35 @@ static int check_routing(const moe_call *c, const char *like_name, const moe_ten
     const expectation wants[] = {
         {"correction_bias",
          &c->correction_bias,
-         {MOE_F32, MOE_BF16, MOE_F16},
+         BIT(MOE_F32) | BIT(MOE_BF16) | BIT(MOE_F16),
          1,
          {e},
          "[num_experts]",
          false},
-        {"expert_scale", &c->expert_scale, {MOE_F32}, 1, {e}, "[num_experts]", false},
-        {"num_token_non_padded", &c->num_token_non_padded, {MOE_I32}, 1, {1}, "[1]", false},
-        {"expert_map", &c->routing_map, {MOE_I32}, 1, {-1}, "[physical experts]", false},
+        {"expert_scale", &c->expert_scale, BIT(MOE_F32), 1, {e}, "[num_experts]", false},
+        {"num_token_non_padded", &c->num_token_non_padded, BIT(MOE_I32), 1, {1}, "[1]", false},
+        {"expert_map", &c->routing_map, BIT(MOE_I32), 1, {-1}, "[physical experts]", false},
         {"replica_map",
          &c->replica_map,
-         {MOE_I32},
+         BIT(MOE_I32),
          2,
          {e - o->num_zero_experts, -1},
          "[num_experts, replicas]",
          false},
         {"tid2eid",
          &c->tid2eid,
-         {MOE_I32, MOE_I64},
+         BIT(MOE_I32) | BIT(MOE_I64),
          2,
          {rows, o->topk},
          rows < 0 ? "[vocabulary, topk]" : "[num_tokens, topk]",
          false},
-        {"token_ids", &c->token_ids, {MOE_I32, MOE_I64}, 1, {num_tokens}, "[num_tokens]", false}};
+        {"token_ids",
+         &c->token_ids,
+         BIT(MOE_I32) | BIT(MOE_I64),
+         1,
+         {num_tokens},
+         "[num_tokens]",
+         false}};
     for (size_t i = 0; i < sizeof wants / sizeof *wants; ++i)
         if (check_routing_tensor(&wants[i], like_name, like, err)) return err->status;
     if (tensor_present(&c->routing_map) && !tensor_present(&c->replica_map) &&
@@ -472,7 +479,8 @@ static int check_routing(const moe_call *c, const char *like_name, const moe_ten
 static int check_activations(const char *name, const moe_tensor *t, const char *text,
                              moe_error *err)
 {
-    const expectation want = {name, t, {MOE_BF16, MOE_F16, MOE_F32}, 2, {-1, -1}, text, false};
+    const expectation want = {name, t,    BIT(MOE_BF16) | BIT(MOE_F16) | BIT(MOE_F32), 2, {-1, -1},
+                              text, false};
     char got[TEXT];
     if (tensor_present(t) && (t->dtype == MOE_U16 || t->dtype == MOE_I16))
         return moe_fail(
@@ -496,7 +504,7 @@ static int check_w13(const moe_call *c, moe_error *err)
     const moe_tensor *x = &c->hidden_states;
     const expectation w13 = {"w13",
                              &c->w13,
-                             {x->dtype},
+                             BIT(x->dtype),
                              3,
                              {-1, -1, x->shape[1]},
                              c->options.gated ? "[num_experts, 2 * intermediate_size, hidden_size]"
@@ -519,7 +527,7 @@ static int check_bias(const char *name, const moe_tensor *bias, const moe_tensor
 {
     if (!tensor_present(bias)) return MOE_OK;
     const expectation want = {
-        name, bias, {MOE_F32, weights->dtype}, 2, {weights->shape[0], weights->shape[1]},
+        name, bias, BIT(MOE_F32) | BIT(weights->dtype), 2, {weights->shape[0], weights->shape[1]},
         text, false};
     if (check_tensor(&want, err)) return err->status;
     return MOE_OK;
@@ -537,7 +545,7 @@ static int validate_layer(const moe_call *c, moe_problem *p, moe_error *err)
 
     const expectation w2 = {"w2",
                             &c->w2,
-                            {x->dtype},
+                            BIT(x->dtype),
                             3,
                             {num_experts, hidden, intermediate},
                             "[num_experts, hidden_size, intermediate_size]",
@@ -557,7 +565,7 @@ static int validate_layer(const moe_call *c, moe_problem *p, moe_error *err)
         const moe_tensor *l = &c->router_logits;
         const expectation logits = {"router_logits",
                                     l,
-                                    {MOE_F32, MOE_BF16, MOE_F16},
+                                    BIT(MOE_F32) | BIT(MOE_BF16) | BIT(MOE_F16),
                                     2,
                                     {num_tokens, -1},
                                     "[num_tokens, num_experts]",
@@ -573,7 +581,7 @@ static int validate_layer(const moe_call *c, moe_problem *p, moe_error *err)
                             "expert_start), got %" PRId64,
                             num_experts, routed);
     } else {
-        const expectation ids = {"topk_ids", &c->topk_ids,     {MOE_I32, MOE_I64},
+        const expectation ids = {"topk_ids", &c->topk_ids,     BIT(MOE_I32) | BIT(MOE_I64),
                                  2,          {num_tokens, -1}, "[num_tokens, topk]",
                                  false};
         if (check_tensor(&ids, err)) return err->status;
@@ -581,7 +589,7 @@ static int validate_layer(const moe_call *c, moe_problem *p, moe_error *err)
         if (check_extent("topk_ids", "topk", topk, 1, MOE_MAX_TOPK, err)) return err->status;
         const expectation weights = {"topk_weights",
                                      &c->topk_weights,
-                                     {MOE_F32, MOE_BF16, MOE_F16},
+                                     BIT(MOE_F32) | BIT(MOE_BF16) | BIT(MOE_F16),
                                      2,
                                      {num_tokens, topk},
                                      "[num_tokens, topk]",
@@ -598,22 +606,21 @@ static int validate_layer(const moe_call *c, moe_problem *p, moe_error *err)
                 err, MOE_ERROR_VALUE,
                 "shared_output: expected None with no_combine (there is no sum to add it to)");
         const expectation shared = {
-            "shared_output",      &c->shared_output,           {x->dtype}, 2,
+            "shared_output",      &c->shared_output,           BIT(x->dtype), 2,
             {num_tokens, hidden}, "[num_tokens, hidden_size]", false};
         if (check_tensor(&shared, err)) return err->status;
     }
     bool sum = o->combine == MOE_COMBINE_SUM;
     if (tensor_present(&c->out)) {
-        const expectation out2 = {
-            "out", &c->out, {x->dtype}, 2, {num_tokens, hidden}, "[num_tokens, hidden_size]", true};
-        const expectation out3 = {"out",
+        const expectation rows = {"out",
                                   &c->out,
-                                  {x->dtype},
-                                  3,
-                                  {num_tokens, topk, hidden},
-                                  "[num_tokens, topk, hidden_size] with no_combine",
+                                  BIT(x->dtype),
+                                  sum ? 2 : 3,
+                                  {num_tokens, sum ? hidden : topk, hidden},
+                                  sum ? "[num_tokens, hidden_size]"
+                                      : "[num_tokens, topk, hidden_size] with no_combine",
                                   true};
-        if (check_tensor(sum ? &out2 : &out3, err)) return err->status;
+        if (check_tensor(&rows, err)) return err->status;
         /* the slots of a token must follow each other evenly over the tokens: combine sees num_tokens * topk rows */
         if (!sum && num_tokens > 1 && topk > 1 && c->out.stride[0] != topk * c->out.stride[1])
             return moe_fail(
@@ -624,31 +631,40 @@ static int validate_layer(const moe_call *c, moe_problem *p, moe_error *err)
     }
     if (check_workspace(c, "hidden_states", x, err)) return err->status;
 
-    const named_tensor all[] = {{"hidden_states", x},
-                                {"w13", &c->w13},
-                                {"w2", &c->w2},
-                                {"topk_weights", &c->topk_weights},
-                                {"topk_ids", &c->topk_ids},
-                                {"router_logits", &c->router_logits},
-                                {"w13_bias", &c->w13_bias},
-                                {"w2_bias", &c->w2_bias},
-                                {"shared_output", &c->shared_output},
-                                {"expert_map", &c->expert_map},
-                                {"correction_bias", &c->correction_bias},
-                                {"expert_scale", &c->expert_scale},
-                                {"num_token_non_padded", &c->num_token_non_padded},
-                                {"expert_map", &c->routing_map},
-                                {"replica_map", &c->replica_map},
-                                {"tid2eid", &c->tid2eid},
-                                {"token_ids", &c->token_ids},
-                                {"out", &c->out},
-                                {"workspace", &c->workspace}};
-    enum { NUM_ALL = sizeof all / sizeof *all, OUT = NUM_ALL - 2, WORKSPACE = NUM_ALL - 1 };
-    for (int i = 0; i < NUM_ALL; ++i)
-        if (check_device(all[i].name, all[i].tensor, "hidden_states", x, err)) return err->status;
+    const named_tensor out = {"out", &c->out}, workspace = {"workspace", &c->workspace};
+    const named_tensor layer[] = {{"hidden_states", x},
+                                  {"w13", &c->w13},
+                                  {"w2", &c->w2},
+                                  {"topk_weights", &c->topk_weights},
+                                  {"topk_ids", &c->topk_ids},
+                                  {"w13_bias", &c->w13_bias},
+                                  {"w2_bias", &c->w2_bias},
+                                  {"shared_output", &c->shared_output},
+                                  {"expert_map", &c->expert_map},
+                                  out};
+    enum { NUM_LAYER = sizeof layer / sizeof *layer };
     const moe_tensor *const in_place[] = {x, &c->shared_output};
-    if (check_overlap(&all[OUT], all, OUT, in_place, sum ? 2 : 0, err)) return err->status;
-    if (check_overlap(&all[WORKSPACE], all, WORKSPACE, NULL, 0, err)) return err->status;
+    for (int i = 0; i < NUM_LAYER; ++i)
+        if (check_device(layer[i].name, layer[i].tensor, "hidden_states", x, err))
+            return err->status;
+    if (check_overlap(&out, layer, NUM_LAYER - 1, in_place, sum ? 2 : 0, err)) return err->status;
+    if (check_overlap(&workspace, layer, NUM_LAYER, NULL, 0, err)) return err->status;
+    if (c->operation == MOE_OP_FUSED_MOE) {
+        const named_tensor routing[] = {{"router_logits", &c->router_logits},
+                                        {"correction_bias", &c->correction_bias},
+                                        {"expert_scale", &c->expert_scale},
+                                        {"num_token_non_padded", &c->num_token_non_padded},
+                                        {"expert_map", &c->routing_map},
+                                        {"replica_map", &c->replica_map},
+                                        {"tid2eid", &c->tid2eid},
+                                        {"token_ids", &c->token_ids}};
+        enum { NUM_ROUTING = sizeof routing / sizeof *routing };
+        for (int i = 0; i < NUM_ROUTING; ++i)
+            if (check_device(routing[i].name, routing[i].tensor, "hidden_states", x, err))
+                return err->status;
+        if (check_overlap(&out, routing, NUM_ROUTING, NULL, 0, err)) return err->status;
+        if (check_overlap(&workspace, routing, NUM_ROUTING, NULL, 0, err)) return err->status;
+    }
     if (o->batch_invariant)
         return moe_fail(err, MOE_ERROR_NOT_IMPLEMENTED,
                         "batch_invariant: expected False, got True; that mode is not built yet");
@@ -679,7 +695,7 @@ static int validate_route(const moe_call *c, moe_problem *p, moe_error *err)
     const moe_tensor *l = &c->router_logits;
     const expectation logits = {"router_logits",
                                 l,
-                                {MOE_F32, MOE_BF16, MOE_F16},
+                                BIT(MOE_F32) | BIT(MOE_BF16) | BIT(MOE_F16),
                                 2,
                                 {-1, -1},
                                 "[num_tokens, num_experts]",
@@ -692,20 +708,20 @@ static int validate_route(const moe_call *c, moe_problem *p, moe_error *err)
     const expectation outs[] = {
         {"out_weights",
          &c->topk_weights,
-         {MOE_F32, MOE_BF16, MOE_F16},
+         BIT(MOE_F32) | BIT(MOE_BF16) | BIT(MOE_F16),
          2,
          {num_tokens, topk},
          "[num_tokens, topk]",
          true},
         {"out_ids",
          &c->topk_ids,
-         {MOE_I32, MOE_I64},
+         BIT(MOE_I32) | BIT(MOE_I64),
          2,
          {num_tokens, topk},
          "[num_tokens, topk]",
          true},
-        {"out_packed", &c->packed, {MOE_I32}, 2, {num_tokens, topk}, "[num_tokens, topk]", true},
-        {"out_counts", &c->counts, {MOE_I32}, 1, {experts}, "[num_experts]", true}};
+        {"out_packed", &c->packed, BIT(MOE_I32), 2, {num_tokens, topk}, "[num_tokens, topk]", true},
+        {"out_counts", &c->counts, BIT(MOE_I32), 1, {experts}, "[num_experts]", true}};
     const named_tensor all[] = {{"router_logits", l},
                                 {"correction_bias", &c->correction_bias},
                                 {"expert_scale", &c->expert_scale},
@@ -743,28 +759,29 @@ static int validate_route(const moe_call *c, moe_problem *p, moe_error *err)
 static int check_align_outputs(const moe_call *c, const char *like_name, const moe_tensor *like,
                                int64_t num_tokens, int64_t topk, int64_t experts, moe_error *err)
 {
-    const expectation outs[] = {{"out_expert_offsets",
-                                 &c->expert_offsets,
-                                 {MOE_I32},
-                                 1,
-                                 {experts + 1},
-                                 "[num_experts + 1]",
-                                 true},
-                                {"out_sorted_token_ids",
-                                 &c->sorted_token_ids,
-                                 {MOE_I32},
-                                 1,
-                                 {num_tokens * topk},
-                                 "[num_tokens * topk]",
-                                 true},
-                                {"out_row_of_slot",
-                                 &c->row_of_slot,
-                                 {MOE_I32},
-                                 2,
-                                 {num_tokens, topk},
-                                 "[num_tokens, topk]",
-                                 true},
-                                {"workspace", &c->workspace, {MOE_U8}, 1, {-1}, "[bytes]", true}};
+    const expectation outs[] = {
+        {"out_expert_offsets",
+         &c->expert_offsets,
+         BIT(MOE_I32),
+         1,
+         {experts + 1},
+         "[num_experts + 1]",
+         true},
+        {"out_sorted_token_ids",
+         &c->sorted_token_ids,
+         BIT(MOE_I32),
+         1,
+         {num_tokens * topk},
+         "[num_tokens * topk]",
+         true},
+        {"out_row_of_slot",
+         &c->row_of_slot,
+         BIT(MOE_I32),
+         2,
+         {num_tokens, topk},
+         "[num_tokens, topk]",
+         true},
+        {"workspace", &c->workspace, BIT(MOE_U8), 1, {-1}, "[bytes]", true}};
     const named_tensor all[] = {{"router_logits", &c->router_logits},
                                 {"correction_bias", &c->correction_bias},
                                 {"expert_scale", &c->expert_scale},
@@ -812,7 +829,7 @@ static int validate_route_align(const moe_call *c, moe_problem *p, moe_error *er
 static int validate_align(const moe_call *c, moe_problem *p, moe_error *err)
 {
     const moe_tensor *ids = &c->topk_ids;
-    const expectation want = {"topk_ids",           ids,  {MOE_I32, MOE_I64}, 2, {-1, -1},
+    const expectation want = {"topk_ids",           ids,  BIT(MOE_I32) | BIT(MOE_I64), 2, {-1, -1},
                               "[num_tokens, topk]", false};
     if (check_tensor(&want, err)) return err->status;
     int64_t num_tokens = ids->shape[0], topk = ids->shape[1], experts = c->num_experts;
@@ -837,7 +854,7 @@ static int validate_align(const moe_call *c, moe_problem *p, moe_error *err)
 static int validate_align_block(const moe_call *c, moe_problem *p, moe_error *err)
 {
     const moe_tensor *ids = &c->topk_ids;
-    const expectation want = {"topk_ids",           ids,  {MOE_I32, MOE_I64}, 2, {-1, -1},
+    const expectation want = {"topk_ids",           ids,  BIT(MOE_I32) | BIT(MOE_I64), 2, {-1, -1},
                               "[num_tokens, topk]", false};
     if (check_tensor(&want, err)) return err->status;
     const int64_t num_tokens = ids->shape[0], topk = ids->shape[1], experts = c->num_experts;
@@ -846,13 +863,20 @@ static int validate_align_block(const moe_call *c, moe_problem *p, moe_error *er
         return err->status;
     if (check_expert_start(&c->options, err)) return err->status;
     if (check_expert_map(c, "topk_ids", ids, err)) return err->status;
-    const expectation counts = {"out", &c->counts, {MOE_I32}, 1, {experts}, "[num_experts]", true};
+    const expectation counts = {"out",     &c->counts,      BIT(MOE_I32), 1,
+                                {experts}, "[num_experts]", true};
     const expectation outs[] = {
-        {"out_sorted_token_ids", &c->sorted_token_ids, {MOE_I32}, 1, {-1}, "[capacity]", true},
-        {"out_expert_ids", &c->expert_ids, {MOE_I32}, 1, {-1}, "[blocks]", true},
-        {"out_num_tokens_post_padded", &c->num_tokens_post_padded, {MOE_I32}, 1, {1}, "[1]", true},
+        {"out_sorted_token_ids", &c->sorted_token_ids, BIT(MOE_I32), 1, {-1}, "[capacity]", true},
+        {"out_expert_ids", &c->expert_ids, BIT(MOE_I32), 1, {-1}, "[blocks]", true},
+        {"out_num_tokens_post_padded",
+         &c->num_tokens_post_padded,
+         BIT(MOE_I32),
+         1,
+         {1},
+         "[1]",
+         true},
         counts,
-        {"workspace", &c->workspace, {MOE_U8}, 1, {-1}, "[bytes]", true}};
+        {"workspace", &c->workspace, BIT(MOE_U8), 1, {-1}, "[bytes]", true}};
     const named_tensor all[] = {{"topk_ids", ids},
                                 {"expert_map", &c->expert_map},
                                 {"out_sorted_token_ids", &c->sorted_token_ids},
@@ -904,14 +928,14 @@ static int check_groups(const moe_call *c, const char *like_name, const moe_tens
 {
     const expectation wants[] = {{"expert_offsets",
                                   &c->expert_offsets,
-                                  {MOE_I32},
+                                  BIT(MOE_I32),
                                   1,
                                   {num_experts + 1},
                                   "[num_experts + 1]",
                                   false},
                                  {"sorted_token_ids",
                                   &c->sorted_token_ids,
-                                  {MOE_I32},
+                                  BIT(MOE_I32),
                                   1,
                                   {num_slots},
                                   "[num_tokens * topk]",
@@ -929,7 +953,7 @@ static int check_stage_weights(const moe_call *c, const char *like_name, const m
     if (!tensor_present(&c->topk_weights)) return MOE_OK;
     const expectation weights = {"topk_weights",
                                  &c->topk_weights,
-                                 {MOE_F32, MOE_BF16, MOE_F16},
+                                 BIT(MOE_F32) | BIT(MOE_BF16) | BIT(MOE_F16),
                                  2,
                                  {num_tokens, topk},
                                  "[num_tokens, topk]",
@@ -942,7 +966,7 @@ static int check_stage_weights(const moe_call *c, const char *like_name, const m
 static int check_stage_out(const moe_call *c, const char *like_name, const moe_tensor *like,
                            int64_t rows, int64_t columns, const char *text, moe_error *err)
 {
-    const expectation out = {"out", &c->out, {like->dtype}, 2, {rows, columns}, text, true};
+    const expectation out = {"out", &c->out, BIT(like->dtype), 2, {rows, columns}, text, true};
     if (tensor_present(&c->out)) {
         if (check_tensor(&out, err)) return err->status;
         if (check_device("out", &c->out, like_name, like, err)) return err->status;
@@ -1011,7 +1035,7 @@ static int validate_down(const moe_call *c, moe_problem *p, moe_error *err)
         return err->status;
     const expectation w2 = {"w2",
                             &c->w2,
-                            {x->dtype},
+                            BIT(x->dtype),
                             3,
                             {-1, -1, x->shape[1]},
                             "[num_experts, hidden_size, intermediate_size]",
@@ -1056,7 +1080,7 @@ static int validate_combine(const moe_call *c, moe_problem *p, moe_error *err)
 {
     const moe_tensor *x = &c->rows;
     if (check_activations("rows", x, "[num_rows, hidden_size]", err)) return err->status;
-    const expectation slots = {"row_of_slot", &c->row_of_slot,      {MOE_I32}, 2,
+    const expectation slots = {"row_of_slot", &c->row_of_slot,      BIT(MOE_I32), 2,
                                {-1, -1},      "[num_tokens, topk]", false};
     if (check_tensor(&slots, err)) return err->status;
     int64_t num_tokens = c->row_of_slot.shape[0], topk = c->row_of_slot.shape[1];
@@ -1069,7 +1093,7 @@ static int validate_combine(const moe_call *c, moe_problem *p, moe_error *err)
     if (check_scale(&c->options, err)) return err->status;
     if (tensor_present(&c->shared_output)) {
         const expectation shared = {
-            "shared_output",           &c->shared_output,           {x->dtype}, 2,
+            "shared_output",           &c->shared_output,           BIT(x->dtype), 2,
             {num_tokens, x->shape[1]}, "[num_tokens, hidden_size]", false};
         if (check_tensor(&shared, err)) return err->status;
         if (check_device("shared_output", &c->shared_output, "rows", x, err)) return err->status;
