@@ -189,13 +189,13 @@ def routing_methods():
     head = ["method", "models", "score", "key", "bias", "groups", "ids", "renormalize", "test"]
     rows = [head + ["of"] + [f"µs at {n:,}" for n in ROUTING_TOKENS]]
     for method, *knobs in methods:
-        knobs = ["" if knob == "NONE" else knob.lower() for knob in knobs]
+        knobs = [knob.lower() for knob in knobs]
         mine = [r for r in records if r["method"] == method and r["num_tokens"] == 16384]
         shape = min(mine, key=lambda r: r["num_experts"], default=None)
         if method.startswith(CORRECT_ONLY):
-            speed = ["", *["correct only"] * len(ROUTING_TOKENS)]
+            speed = ["all", *["correct only"] * len(ROUTING_TOKENS)]
         elif shape is None:
-            speed = ["", *["-"] * len(ROUTING_TOKENS)]
+            speed = ["all", *["not measured"] * len(ROUTING_TOKENS)]
         else:
             same = ("num_experts", "topk", "logits_dtype")
             us = {
@@ -204,7 +204,7 @@ def routing_methods():
                 if r["method"] == method and all(r[key] == shape[key] for key in same)
             }
             speed = ["{num_experts}/{topk} {logits_dtype}".format(**shape)]
-            speed += [f"{us[n]:.2f}" if n in us else "-" for n in ROUTING_TOKENS]
+            speed += [f"{us[n]:.2f}" if n in us else "not measured" for n in ROUTING_TOKENS]
         rows.append([f"`{method}`", ROUTING_MODELS[method], *knobs, routing_test(method), *speed])
     return markdown(rows) + source(document)
 

@@ -492,7 +492,7 @@ static PyObject *plan_dict(const moe_plan *plan)
         "{sN ss si sL sL si si si si sL sL si sO sO sN sN sN sd sd sd}", "problem",
         problem_dict(&plan->problem), "backend", plan->backend == MOE_CUDA ? "cuda" : "cpu",
         "num_sms", plan->num_sms, "chunk_tokens", (long long)plan->chunk_tokens, "num_chunks",
-        (long long)plan->num_chunks, "align_blocks", plan->align_blocks, "tile_rows",
+        (long long)plan->num_chunks, "align_blocks", plan->align.blocks, "tile_rows",
         plan->tile_rows, "max_tiles", plan->max_tiles, "combine_vector_bytes",
         plan->combine_vector_bytes, "intermediate_stride", (long long)plan->intermediate_stride,
         "rows_stride", (long long)plan->rows_stride, "num_launches", plan->num_launches,

@@ -218,6 +218,17 @@ typedef struct moe_gemm_plan {
     double bytes, flops, us; /* expected */
 } moe_gemm_plan;
 
+enum {
+    MOE_ALIGN_FEW = 0, /* one launch, a warp for each row and each offset; no tiles */
+    MOE_ALIGN_WHOLE,   /* one launch, a thread for each slot of a block */
+    MOE_ALIGN_TWICE    /* counts, then places: two launches */
+};
+
+typedef struct moe_align_plan {
+    int32_t kind; /* MOE_ALIGN_*, on a GPU */
+    int32_t blocks, threads;
+} moe_align_plan;
+
 /* One plan, made once. Stages take it and decide nothing again. */
 typedef struct moe_plan {
     moe_problem problem;
@@ -227,7 +238,8 @@ typedef struct moe_plan {
     int64_t chunk_tokens; /* tokens per pass; num_tokens where one pass is enough */
     int64_t num_chunks;
     int32_t decode; /* 1: no align and no combine; gate_up and down read topk_ids themselves */
-    int32_t align_blocks; /* thread blocks; one launch, where workspace.counts is used two */
+    moe_align_plan align;
+    int32_t route_threads; /* of a block; a warp for each token */
     int32_t tile_rows;
     int32_t max_tiles; /* of one chunk */
     int32_t combine_vector_bytes;
@@ -282,8 +294,7 @@ void moe_plan_keep(moe_plan_cache *cache, const moe_problem *problem, moe_backen
 int32_t moe_route_variant(const moe_route_args *args);
 
 /* Whether one launch does both stages on a GPU. */
-bool moe_route_aligns(const moe_plan *plan, const moe_route_args *route,
-                      const moe_align_args *align);
+bool moe_route_aligns(const moe_route_args *route);
 
 /* Rows of gemm_variants.def by number; "cpu" for -1. */
 const char *moe_variant_name(int32_t row);

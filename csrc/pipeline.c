@@ -56,7 +56,7 @@ static int run_align(const run *r, const moe_align_args *a)
 
 static int run_route_align(const run *r, const moe_route_args *route, const moe_align_args *align)
 {
-    if (on_gpu(r) && moe_route_aligns(r->plan, route, align))
+    if (on_gpu(r) && moe_route_aligns(route))
         return moe_cuda_route_align(r->plan, route, align, r->device, r->stream, r->err);
     if (run_route(r, route)) return r->err->status;
     return run_align(r, align);
@@ -181,7 +181,7 @@ static moe_align_args align_args(const run *r, int64_t first_token, int64_t num_
     a.ids_dtype = p->ids_dtype;
     a.tile_rows = plan->tile_rows;
     a.max_tiles = plan->max_tiles;
-    a.num_blocks = plan->align_blocks;
+    a.num_blocks = plan->align.blocks;
     return a;
 }
 

@@ -103,21 +103,18 @@ int32_t moe_route_variant(const moe_route_args *a)
     return -1;
 }
 
-bool moe_route_aligns(const moe_plan *plan, const moe_route_args *route,
-                      const moe_align_args *align)
+bool moe_route_aligns(const moe_route_args *route)
 {
     enum {
 #define MOE_ROUTE_ALIGN_VARIANT(name, held, packed, score, key, groups) FUSED_##name,
 #include "../kernels/route_variants.def"
         NUM_FUSED
     };
-    enum { STATIC_BYTES = 20 * 1024 }; /* of shared memory: notes of 16 warps, experts */
-    const int32_t row = moe_route_variant(route), num_experts = align->num_experts;
-    if (row < 0 || row >= NUM_FUSED || num_experts > MOE_ROUTE_ALIGN_THREADS) return false;
+    const int32_t row = moe_route_variant(route);
+    if (row < 0 || row >= NUM_FUSED) return false;
     /* measured: from here on one SM loses more than a launch takes */
-    if (route->num_tokens > (ROUTE_VARIANTS[row].packed ? 8 : 4)) return false;
-    const int64_t slots = route->num_tokens * align->topk;
-    return MOE_ALIGN_SMEM_BYTES(num_experts, slots) + STATIC_BYTES <= plan->smem_per_block;
+    const bool fast = ROUTE_VARIANTS[row].packed && ROUTE_VARIANTS[row].held <= 8;
+    return route->num_tokens <= (fast ? 8 : 4);
 }
 
 void moe_default_device(moe_backend backend, int32_t num_sms, moe_device_info *info)
@@ -346,29 +343,53 @@ static int64_t take(int64_t *total, bool used, int64_t bytes)
     return at;
 }
 
-/* Whether align is one launch, in which every block counts all slots; measured. With more experts the counts of all blocks,
- * which two launches need, are longer. */
-static bool aligns_at_once(int32_t num_experts, int64_t num_slots)
+/* Threads of a block of align: these, but one for each expert; no more than needed, since barriers wait for all. */
+static int32_t align_threads(int64_t least, int32_t num_experts)
 {
-    return num_slots <= (num_experts <= 256 ? 16384 : 24576);
+    const int64_t threads = round_up(least > num_experts ? least : num_experts, 128);
+    return (int32_t)min64(threads, MOE_ALIGN_THREADS);
 }
 
-/* Thread blocks of align. */
-static int32_t align_blocks(const moe_plan *plan, int64_t num_slots)
+/* Whether somebody reads the list of tiles. */
+static bool wants_tiles(const moe_problem *p)
+{
+    return needs(p, MOE_OP_GATE_UP) || needs(p, MOE_OP_DOWN);
+}
+
+/* All of it measured. */
+static moe_align_plan plan_align(const moe_plan *plan, int64_t num_slots)
 {
     const int32_t num_experts = plan->problem.num_experts;
-    if (plan->backend == MOE_CPU ||
-        (num_slots <= MOE_ALIGN_ONE_SLOTS &&
-         MOE_ALIGN_SMEM_BYTES(num_experts, num_slots) + MOE_ALIGN_STATIC_BYTES <=
-             plan->smem_per_block))
-        return 1;
-    if (aligns_at_once(num_experts, num_slots))
-        return (int32_t)min64(ceil_div(num_slots, MOE_ALIGN_SHARE_SLOTS), MOE_ALIGN_WHOLE_BLOCKS);
-    /* every block reads the counts of all, which are long where there are many experts */
-    const int64_t most = num_slots >= 1 << 18                        ? 128
-                         : num_experts > 128 && num_slots <= 1 << 15 ? 32
-                                                                     : 64;
-    return (int32_t)min64(ceil_div(num_slots, 512), most);
+    moe_align_plan align = {MOE_ALIGN_WHOLE, 1, 0};
+    if (plan->backend == MOE_CPU) return align;
+    if (num_slots <= MOE_ALIGN_FEW_SLOTS && !wants_tiles(&plan->problem)) {
+        align.kind = MOE_ALIGN_FEW;
+        align.threads = MOE_ALIGN_FEW_THREADS;
+        const int64_t warps = num_slots + num_experts + 1, in_block = MOE_ALIGN_FEW_THREADS / 32;
+        align.blocks = (int32_t)min64(ceil_div(warps, in_block), MOE_ALIGN_WHOLE_BLOCKS);
+    } else if (num_slots <= MOE_ALIGN_ONE_SLOTS &&
+               MOE_ALIGN_SMEM_BYTES(num_experts, num_slots) + MOE_ALIGN_STATIC_BYTES <=
+                   plan->smem_per_block) {
+        align.threads = align_threads(num_slots, num_experts);
+    } else if (num_slots <= (num_experts <= 256 ? 16384 : 24576)) {
+        /* with more experts the counts of all blocks, which two launches need, are longer */
+        align.blocks =
+            (int32_t)min64(ceil_div(num_slots, MOE_ALIGN_SHARE_SLOTS), MOE_ALIGN_WHOLE_BLOCKS);
+        /* where there are many slots, many threads count them sooner than their barriers last */
+        align.threads = align_threads(num_slots <= 1024   ? 256
+                                      : num_slots <= 6144 ? 512
+                                                          : 1024,
+                                      num_experts);
+    } else {
+        /* every block reads the counts of all, which are long where there are many experts */
+        const int64_t most = num_slots >= 1 << 18                        ? 128
+                             : num_experts > 128 && num_slots <= 1 << 15 ? 32
+                                                                         : 64;
+        align.kind = MOE_ALIGN_TWICE;
+        align.blocks = (int32_t)min64(ceil_div(num_slots, 512), most);
+        align.threads = align_threads(num_slots < 1 << 18 ? 512 : 1024, num_experts);
+    }
+    return align;
 }
 
 static int64_t most_tiles(const moe_problem *p, int64_t num_slots, int32_t tile_rows)
@@ -382,7 +403,8 @@ static void lay_out(const moe_plan *plan, int64_t chunk_tokens, moe_workspace *w
     const moe_problem *p = &plan->problem;
     const bool gpu = plan->backend == MOE_CUDA, layer = is_layer(p),
                block = p->operation == MOE_OP_ALIGN_BLOCK;
-    const bool list = gpu && (needs(p, MOE_OP_GATE_UP) || needs(p, MOE_OP_DOWN)); /* who reads it */
+    const bool list = gpu && wants_tiles(p);
+    const moe_align_plan align = plan_align(plan, chunk_tokens * p->topk);
     const int64_t slots = chunk_tokens * p->topk, bytes = moe_dtype_bytes(p->dtype);
     int64_t total = 0;
     w->topk_weights = take(&total, layer && p->routed, slots * 4);
@@ -393,8 +415,8 @@ static void lay_out(const moe_plan *plan, int64_t chunk_tokens, moe_workspace *w
     w->tiles =
         take(&total, list, most_tiles(p, slots, SMALLEST_TILE_ROWS) * (int64_t)sizeof(moe_tile));
     w->num_tiles = take(&total, list, 12); /* and two counters behind it */
-    w->counts = take(&total, gpu && (block || aligns(p)) && !aligns_at_once(p->num_experts, slots),
-                     (int64_t)align_blocks(plan, slots) * p->num_experts * 4);
+    w->counts = take(&total, gpu && (block || aligns(p)) && align.kind == MOE_ALIGN_TWICE,
+                     (int64_t)align.blocks * p->num_experts * 4);
     w->intermediate = take(&total, layer, slots * plan->intermediate_stride * bytes);
     w->rows = take(&total, layer, slots * plan->rows_stride * bytes);
     w->total = total;
@@ -625,7 +647,8 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
                                 p->hidden_size, bytes, row_bytes};
     const gemm_shape down = {experts, rows, p->hidden_size, p->intermediate_size, bytes, row_bytes};
     plan->gate_up.variant = plan->down.variant = -1;
-    plan->align_blocks = align_blocks(plan, slots);
+    plan->align = plan_align(plan, slots);
+    plan->route_threads = 128; /* measured: 32 and 64 are slower from 4096 tokens, 256 below 256 */
     plan->tile_rows = SMALLEST_TILE_ROWS;
     if (plan->backend == MOE_CUDA) {
         if (choose_gemms(plan, device, &gate_up, &down, err)) return err->status;

@@ -7,7 +7,8 @@
  *        tiles, num_tiles                      each expert's rows in pieces of tile_rows, experts in order
  * Scratch counts           [num_blocks, num_experts]  rows of a block's slots, of moe_align_place
  * Math   integers; a slot's row is the number of slots before it in (expert, slot) order: the same every run
- * Grid   num_blocks. While slots are few (plan.c) moe_align_whole, where every block counts all of them; else
+ * Grid   num_blocks. Without tiles, while slots are few (plan.c), moe_align_few, where every block holds all of them
+ *        and a warp compares one with all; then moe_align_whole, where every block counts all of them; else
  *        moe_align_count, where it counts its own, and moe_align_place, where it adds up the counts of all.
  *        moe_align_tiles (one): the tiles of given expert_offsets.
  *        moe_align_pad (any): counts, and the rows padded to blocks, from given offsets and rows.
@@ -33,6 +34,37 @@ static __device__ __forceinline__ int64_t block_slots(const moe_align_args &args
     return share;
 }
 
+extern "C" __global__ void __launch_bounds__(MOE_ALIGN_FEW_THREADS, 1)
+    moe_align_few(const __grid_constant__ moe_align_args args)
+{
+    __shared__ uint4 keys[MOE_ALIGN_FEW_SLOTS / 4];
+    const slot_keys slots = {keys, static_cast<int32_t>(args.num_tokens * args.topk)};
+    slots.fill_up();
+    // What is to be done with an id is known before there is one.
+    const int32_t *ids = static_cast<const int32_t *>(args.topk_ids);
+    const uint32_t start = static_cast<uint32_t>(args.expert_start);
+    const bool plain = args.ids_dtype == MOE_I32 && !args.expert_map &&
+                       args.expert_start == start &&
+                       (args.ids_stride == args.topk || args.num_tokens == 1);
+    fetch_parameters(args);
+    grid_dependency_wait();
+    grid_launch_dependents();
+    for (int32_t slot = threadIdx.x; slot < slots.num_slots; slot += blockDim.x) {
+        if (plain) {
+            const uint32_t local = static_cast<uint32_t>(__ldcg(ids + slot)) - start;
+            const bool here = local < static_cast<uint32_t>(args.num_experts);
+            slots.put(slot, here ? static_cast<int32_t>(local) : -1);
+        } else {
+            slots.put(slot, local_expert(args, load_id(args, slot)));
+        }
+    }
+    __syncthreads();
+    const int32_t warps = blockDim.x / 32;
+    for (int32_t which = blockIdx.x * warps + threadIdx.x / 32;
+         which <= slots.num_slots + args.num_experts; which += gridDim.x * warps)
+        slots.place<32>(args, which);
+}
+
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     moe_align_whole(const __grid_constant__ moe_align_args args)
 {
@@ -51,6 +83,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     matrix.clear();
     for (int32_t i = threadIdx.x; !alone && i < 2 * num_experts; i += blockDim.x)
         others[i] = 0;
+    fetch_parameters(args);
     __syncthreads();
     grid_dependency_wait();
     grid_launch_dependents();
@@ -98,6 +131,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x < args.num_experts) count[threadIdx.x] = 0;
     int64_t begin, end;
     block_slots(args, begin, end);
+    fetch_parameters(args);
     __syncthreads();
     grid_dependency_wait();
     grid_launch_dependents();

@@ -138,6 +138,65 @@ static __device__ __forceinline__ void visit_slots(const moe_align_args &args, V
     }
 }
 
+// Slots as keys, in whose order their rows stand. A row is the number of keys that are less, and so is the first row of
+// an expert: no scan, and no barrier behind the last put. For few slots: each is compared with all.
+struct slot_keys {
+    uint4 *
+        keys; // [num_slots] of shared memory, 32 bits each: expert, slot; all bits where it is dropped
+    int32_t num_slots;
+
+    // Before the first put, by the whole block; a barrier lies between, if only that behind the last put.
+    __device__ __forceinline__ void fill_up() const
+    {
+        if (threadIdx.x < (-num_slots & 3))
+            reinterpret_cast<uint32_t *>(keys)[num_slots + threadIdx.x] = ~0u;
+    }
+    __device__ __forceinline__ void put(int32_t slot, int32_t expert) const
+    {
+        reinterpret_cast<uint32_t *>(keys)[slot] =
+            expert < 0 ? ~0u : first_of(expert) | static_cast<uint32_t>(slot);
+    }
+    __device__ __forceinline__ uint32_t of(int32_t slot) const
+    {
+        return reinterpret_cast<const uint32_t *>(keys)[slot];
+    }
+    static __device__ __forceinline__ uint32_t first_of(int32_t expert)
+    {
+        return static_cast<uint32_t>(expert) << 16;
+    }
+    // How many keys are less: among those of the lane, of kLanes.
+    template <int kLanes>
+    __device__ __forceinline__ int32_t less_than(uint32_t key) const
+    {
+        uint32_t less[4] = {0, 0, 0, 0}; // side by side
+#pragma unroll 4
+        for (int32_t i = threadIdx.x % kLanes; i < (num_slots + 3) / 4; i += kLanes) {
+            const uint4 four = keys[i];
+            count_if_greater(less[0], key, four.x);
+            count_if_greater(less[1], key, four.y);
+            count_if_greater(less[2], key, four.z);
+            count_if_greater(less[3], key, four.w);
+        }
+        return static_cast<int32_t>(less[0] + less[1] + less[2] + less[3]);
+    }
+    // Number `which` of the slots, then of the num_experts + 1 first rows, by one thread or a warp.
+    template <int kLanes>
+    __device__ __forceinline__ void place(const moe_align_args &args, int32_t which) const
+    {
+        const bool is_slot = which < num_slots;
+        const uint32_t key = is_slot ? of(which) : first_of(which - num_slots);
+        int32_t row = less_than<kLanes>(key);
+        if (kLanes == 32) row = __reduce_add_sync(0xffffffffu, row);
+        if (threadIdx.x % kLanes != 0) return;
+        if (!is_slot) {
+            args.expert_offsets[which - num_slots] = row;
+            return;
+        }
+        if (key != ~0u) args.sorted_token_ids[row] = which;
+        args.row_of_slot[which] = key != ~0u ? row : -1;
+    }
+};
+
 // A thread for each expert: the number of rows in front of its own, and of tiles; the sums. Two barriers around it
 // are the caller's, one is inside.
 struct expert_scan {

@@ -426,7 +426,10 @@ typedef struct moe_combine_args {
 #define MOE_ROUTE_ALIGN_THREADS 512 /* at most; a warp per token, a thread for each expert */
 #define MOE_ROUTE_ALIGN_SLOTS   256 /* at most, of route_align */
 #define MOE_ALIGN_THREADS       1024
-/* align in one launch: by one block, or by blocks of about so many slots, of which each counts the slots of all others */
+/* align of few slots without tiles: every block holds all of them, a warp finds each row and each offset */
+#define MOE_ALIGN_FEW_SLOTS   640 /* at most; measured */
+#define MOE_ALIGN_FEW_THREADS 512
+/* align in one launch else: by one block, or by blocks of about so many slots, of which each counts the slots of all others */
 #define MOE_ALIGN_ONE_SLOTS    384
 #define MOE_ALIGN_SHARE_SLOTS  128
 #define MOE_ALIGN_WHOLE_BLOCKS 128 /* at most */

@@ -117,6 +117,20 @@ __device__ __forceinline__ void count_if_greater(uint32_t &count, uint64_t a, ui
         : "+r"(count) : "l"(a), "l"(b));
 }
 
+// The parameters of a kernel in the constant cache: every launch misses it anew, each 64 bytes of them, which is best
+// waited for while there is nothing else to do. nanosleep.u32, "nanosleep": never; it keeps the reads. Each thread for itself.
+template <class Args>
+__device__ __forceinline__ void fetch_parameters(const Args &args)
+{
+    constexpr size_t kWords = sizeof(Args) / 8;
+    const unsigned long long *words = reinterpret_cast<const unsigned long long *>(&args);
+    unsigned long long any = words[kWords - 1];
+#pragma unroll
+    for (size_t i = 0; i < kWords; i += 4)
+        any |= words[i];
+    asm volatile("{ .reg .pred p; setp.eq.u64 p, %0, 0; @p nanosleep.u32 0; }" :: "l"(any));
+}
+
 // griddepcontrol.wait, "griddepcontrol": until the grids before this one are complete and their writes
 // visible. Every thread, before it reads what they wrote and before it writes anything. Without
 // programmatic dependent launch (and below sm_90) there is nothing to wait for.

@@ -29,6 +29,7 @@ static __device__ __forceinline__ void route_tokens(const moe_route_args &args)
     extern "C" __global__ void __launch_bounds__(MOE_ROUTE_MAX_THREADS, held > 16 ? 1 : 2)         \
         moe_route_##name(const __grid_constant__ moe_route_plain_args plain)                       \
     {                                                                                              \
+        fetch_parameters(plain);                                                                   \
         const moe_route_args args =                                                                \
             unpack<held, packed, MOE_SCORE_##score, MOE_KEY_##key, groups>(plain);                 \
         route_tokens<held, packed, true>(args);                                                    \
@@ -39,6 +40,7 @@ static __device__ __forceinline__ void route_tokens(const moe_route_args &args)
     extern "C" __global__ void __launch_bounds__(MOE_ROUTE_MAX_THREADS, 1)                         \
         moe_route_general_##held(const __grid_constant__ moe_route_args args)                      \
     {                                                                                              \
+        fetch_parameters(args);                                                                    \
         route_tokens<held, false, false>(args);                                                    \
     }
 MOE_ROUTE_GENERAL(4)

@@ -49,9 +49,10 @@ def test_large(backend, rng, routing, num_tokens, num_experts, topk):
 @pytest.mark.parametrize(
     "num_tokens, num_experts, topk",
     [
-        (384, 8, 1),  # one block places all of them
-        (385, 8, 1),  # several blocks, each counts all
-        (513, 128, 2),  # not a multiple of 4
+        (639, 8, 1),  # every slot compared with all; not a multiple of 4
+        (80, 512, 8),  # the most of that
+        (641, 8, 1),  # blocks that place their own and count all
+        (513, 128, 2),
         (2048, 64, 8),  # the most that one launch does
         (2049, 64, 8),
         (3072, 300, 8),  # the same of many experts

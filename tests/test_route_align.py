@@ -3,8 +3,8 @@
 import fusedmoe
 import numpy as np
 import pytest
-from fusedmoe import Routing, reference
-from support import BF16, F16, F32, Guarded, same_bits
+from fusedmoe import Routing, fused_experts, fused_moe, reference
+from support import BF16, F16, F32, Guarded, make_layer, put_layer, same_bits
 from test_routing_methods import draw, fields_of
 
 CASES = [
@@ -82,6 +82,28 @@ def test_out_and_one_rank(backend, rng, num_tokens, ids_dtype):
     table[::4] = np.arange(16)
     got = fusedmoe.route_align(logits, routing, num_experts=16, expert_map=backend.put(table))
     assert_aligned(backend, got, backend.get(got[1]), 16, expert_map=table)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("num_tokens", [1, 3, 4, 8, 16, 64])
+@pytest.mark.parametrize("same", [False, True])
+def test_tiles_of_a_layer(backend, seed, rng, num_tokens, same):
+    """64 ids for 5 experts, some of them dropped: many rows, and so tiles, of one. Sizes that no
+    kernel without align takes."""
+    layer = make_layer(seed, num_tokens, 63, 41, 5, 8)
+    tensors, _ = put_layer(backend, layer)
+    x, w13, w2 = tensors["hidden_states"], tensors["w13"], tensors["w2"]
+    logits = draw(rng, num_tokens, 64, {}, BF16)
+    if same:
+        logits[:] = logits[0]
+    logits = backend.put(logits)
+    table = rng.integers(-1, 5, 64).astype(np.int32)
+    table[::2] = 3
+    table = backend.put(table)
+    routing = Routing(8, method="topk_softmax")
+    together = fused_moe(x, w13, w2, logits, routing=routing, expert_map=table)
+    apart = fused_experts(x, w13, w2, *fusedmoe.route(logits, routing), expert_map=table)
+    assert same_bits(backend.get(together), backend.get(apart))
 
 
 def test_every_token_on_the_same_experts(backend):

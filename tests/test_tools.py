@@ -10,7 +10,7 @@ from pathlib import Path
 import fusedmoe
 import numpy as np
 import pytest
-from fusedmoe import Routing, bench, cli, frameworks, generate, models, tuning
+from fusedmoe import Routing, bench, cli, frameworks, generate, models, reference, tuning
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -356,6 +356,15 @@ def test_readme_tables_come_from_the_records():
     script = ROOT / "benchmarks" / "make_tables.py"
     done = subprocess.run([sys.executable, str(script), "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_routing_method_has_a_whole_row_in_the_docs():
+    text = (ROOT / "docs" / "routing.md").read_text(encoding="utf-8")
+    table = text.split("<!-- table: routing_methods -->")[1].split("<!-- end of table -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    assert [row[0] for row in rows] == [f"`{name}`" for name in reference.METHODS]
+    assert all(len(row) == 13 and all(cell.strip() for cell in row) for row in rows)
+    assert "not measured" not in table
 
 
 def test_readme_code_runs():

@@ -17,7 +17,8 @@ enum {
 };
 
 enum {
-    KERNEL_ALIGN_WHOLE = 0,
+    KERNEL_ALIGN_FEW = 0,
+    KERNEL_ALIGN_WHOLE,
     KERNEL_ALIGN_COUNT,
     KERNEL_ALIGN_PLACE,
     KERNEL_ALIGN_TILES,
@@ -67,6 +68,7 @@ enum {
 #define FILE_sm90a_decode(stage)    stage "_decode_sm90a"
 
 static const moe_kernel_row KERNELS[] = {
+    [KERNEL_ALIGN_FEW] = {"moe_align_few", "align", 0, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_WHOLE] = {"moe_align_whole", "align", MOE_SMEM_ALL, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_COUNT] = {"moe_align_count", "align", 0, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_PLACE] = {"moe_align_place", "align", MOE_SMEM_ALL, 80, sizeof(moe_align_args)},
@@ -90,7 +92,7 @@ static const moe_kernel_row KERNELS[] = {
     {"moe_route_" #name, "route", 0, 80, sizeof(moe_route_plain_args)},
 #include "../../kernels/route_variants.def"
 #define MOE_ROUTE_ALIGN_VARIANT(name, held, packed, score, key, groups)                            \
-    {"moe_route_align_" #name, "route_align", MOE_SMEM_ALL, 80, sizeof(moe_route_align_args)},
+    {"moe_route_align_" #name, "route_align", 0, 80, sizeof(moe_route_align_args)},
 #include "../../kernels/route_variants.def"
 #define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
                          stages, wm, wn, wk, cluster, align)                                       \
@@ -252,10 +254,8 @@ static moe_route_plain_args plain_args(const moe_route_args *a)
 int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device, void *stream,
                    moe_error *err)
 {
-    (void)plan;
-    /* measured: one warp a block and two are slower from 4096 tokens, eight below 256 */
-    enum { WARPS = 4 };
-    const geometry g = {ceil_div(args->num_tokens, WARPS), 32 * WARPS, 0, true};
+    const geometry g = {ceil_div(args->num_tokens, plan->route_threads / 32), plan->route_threads,
+                        0, true};
     const int32_t variant = moe_route_variant(args);
     if (variant < 0) {
         moe_route_args a = *args;
@@ -266,21 +266,12 @@ int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device,
     return launch(KERNEL_ROUTE_GENERAL + 4 + variant, &g, &a, device, stream, err);
 }
 
-/* Threads of a block of align: these, but one for each expert; no more than needed, since barriers wait for all. */
-static int align_threads(int64_t least, int32_t num_experts)
-{
-    const int64_t threads = ceil_div(least > num_experts ? least : num_experts, 128) * 128;
-    return threads < MOE_ALIGN_THREADS ? (int)threads : MOE_ALIGN_THREADS;
-}
-
 int moe_cuda_route_align(const moe_plan *plan, const moe_route_args *route,
                          const moe_align_args *align, int device, void *stream, moe_error *err)
 {
     (void)plan;
     moe_route_align_args a = {plain_args(route), *align};
-    const int64_t num_slots = align->num_tokens * align->topk;
-    const geometry g = {1, align_threads(32 * align->num_tokens, align->num_experts),
-                        (int)MOE_ALIGN_SMEM_BYTES(align->num_experts, num_slots), true};
+    const geometry g = {1, MOE_ROUTE_ALIGN_THREADS, 0, true};
     return launch(KERNEL_LAST_ROUTE + 1 + moe_route_variant(route), &g, &a, device, stream, err);
 }
 
@@ -288,26 +279,18 @@ int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device,
                    moe_error *err)
 {
     moe_align_args a = *args;
-    const int64_t num_slots = a.num_tokens * a.topk, share = ceil_div(num_slots, a.num_blocks);
-    (void)plan;
-    if (!a.counts) {
-        /* where there are many slots, many threads count them sooner than their barriers last */
-        const int64_t least = a.num_blocks == 1   ? num_slots
-                              : num_slots <= 1024 ? 256
-                              : num_slots <= 6144 ? 512
-                                                  : 1024;
-        const geometry whole = {a.num_blocks, align_threads(least, a.num_experts),
-                                (int)MOE_ALIGN_SMEM_BYTES(a.num_experts, share), true};
-        return launch(KERNEL_ALIGN_WHOLE, &whole, &a, device, stream, err);
+    const moe_align_plan *align = &plan->align;
+    geometry g = {align->blocks, align->threads, 0, true};
+    if (align->kind == MOE_ALIGN_FEW) return launch(KERNEL_ALIGN_FEW, &g, &a, device, stream, err);
+    int64_t piece = ceil_div(a.num_tokens * a.topk, a.num_blocks);
+    if (align->kind == MOE_ALIGN_TWICE) {
+        if (launch(KERNEL_ALIGN_COUNT, &g, &a, device, stream, err)) return err->status;
+        piece = MOE_ALIGN_PIECE_SLOTS(a.num_experts);
+        if (piece > 4 * g.threads) piece = 4 * g.threads;
     }
-    const int threads = align_threads(num_slots < 1 << 18 ? 512 : 1024, a.num_experts);
-    int64_t piece = MOE_ALIGN_PIECE_SLOTS(a.num_experts);
-    if (piece > 4 * threads) piece = 4 * threads;
-    const geometry count = {a.num_blocks, threads, 0, true},
-                   place = {a.num_blocks, threads, (int)MOE_ALIGN_SMEM_BYTES(a.num_experts, piece),
-                            true};
-    if (launch(KERNEL_ALIGN_COUNT, &count, &a, device, stream, err)) return err->status;
-    return launch(KERNEL_ALIGN_PLACE, &place, &a, device, stream, err);
+    g.smem_bytes = (int)MOE_ALIGN_SMEM_BYTES(a.num_experts, piece);
+    return launch(align->kind == MOE_ALIGN_TWICE ? KERNEL_ALIGN_PLACE : KERNEL_ALIGN_WHOLE, &g, &a,
+                  device, stream, err);
 }
 
 int moe_cuda_align_tiles(const moe_plan *plan, const moe_align_args *args, int device, void *stream,
