@@ -603,8 +603,10 @@ enum {
     FEWEST_BESIDE = 3, /* the same, with down on the SM */
     MOST_STAGES = 6,
     LOW_COPY_BYTES = 16384,
+    LEAST_COPY_BYTES = 8192, /* measured: smaller ones do not keep the memory busy */
     LOW_STAGE_BYTES = 12288,
     STAGES_LEFT = 8,      /* a launch and finding the experts take as long as these from memory */
+    ALL_STAGES = 12,      /* of a block of gate_up, on average: with so few, down starts at once */
     BLOCK_RESERVED = 1024 /* of the SM's shared memory, by every thread block */
 };
 
@@ -617,32 +619,36 @@ static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_s
         p->combine != MOE_COMBINE_SUM || plan->num_chunks != 1 || p->vector_bytes < 16 ||
         slots > MOE_DECODE_SLOTS)
         return false;
-    /* measured: above 8 tokens it gains only where the rows of an expert are several */
-    if (tokens > 8 && gate_up->rows_per_expert < 1.5) return false;
-    const int32_t cols = tokens <= 8 && ceil_div(p->hidden_size, 16) <= d->num_sms ? 16 : 32;
+    /* measured: above 8 tokens a piece of K left over, which takes a stage of its own, costs more than align and combine */
+    const bool left_over = p->intermediate_size % MOE_MAP_COLS != 0;
+    if (tokens > 8 && left_over && gate_up->rows_per_expert < 1.5) return false;
+    const int32_t cols = ceil_div(p->hidden_size, 16) <= d->num_sms ? 16 : 32;
     const int32_t up = decode_variant(MOE_OP_GATE_UP, tokens, 16, p, d),
                   low = decode_variant(MOE_OP_DOWN, tokens, cols, p, d);
     if (up < 0 || low < 0) return false;
 
-    /* down: a copy brings at most LOW_COPY_BYTES, in equal shares of an expert; a stage at least LOW_STAGE_BYTES, or what is
-     * a warp's share of all */
-    const int64_t piece = (int64_t)cols * MOE_MAP_COLS * 2;
-    const int64_t pieces =
-        p->intermediate_size / MOE_MAP_COLS > 0 ? p->intermediate_size / MOE_MAP_COLS : 1;
-    const int32_t box = (int32_t)ceil_div(pieces, ceil_div(pieces, LOW_COPY_BYTES / piece));
-    const int64_t expert_copies =
-        ceil_div(pieces, box) + (p->intermediate_size % MOE_MAP_COLS != 0);
-    const int64_t all_copies = (int64_t)(down->experts + 0.5) * expert_copies;
-    const bool small_copies = box * piece < LOW_STAGE_BYTES;
-    const int32_t copies = (int32_t)min64(ceil_div(LOW_STAGE_BYTES, box * piece),
-                                          ceil_div(all_copies, MOE_DECODE_MATH_WARPS));
-    const int64_t low_stage = copies * box * piece;
     const int64_t up_fixed = tokens * MOE_DECODE_PANEL_PITCH((int64_t)p->hidden_size) +
                              MOE_DECODE_UP_SUMS(VARIANTS[up].rows) + MOE_DECODE_SLOT_BYTES;
     const int64_t low_fixed =
         slots * MOE_DECODE_PANEL_PITCH((int64_t)p->intermediate_size) +
         MOE_DECODE_DOWN_SUMS(VARIANTS[low].rows, cols) + MOE_DECODE_SLOT_BYTES +
         round_up(MOE_DECODE_SLOT_TABLE(min64(p->num_experts, slots), VARIANTS[low].rows), 16);
+    /* down: a copy brings at most LOW_COPY_BYTES, in equal shares of an expert; a stage at least LOW_STAGE_BYTES, or what is
+     * a warp's share of all; less of both where not every warp had a stage of its own */
+    const int64_t piece = (int64_t)cols * MOE_MAP_COLS * 2;
+    const int64_t room = (d->smem_per_block - low_fixed) / MOE_DECODE_MATH_WARPS;
+    const int64_t most = min64(LOW_COPY_BYTES, room > LEAST_COPY_BYTES ? room : LEAST_COPY_BYTES);
+    if (tokens > 8 && room < LEAST_COPY_BYTES) return false;
+    const int64_t pieces =
+        p->intermediate_size / MOE_MAP_COLS > 0 ? p->intermediate_size / MOE_MAP_COLS : 1;
+    const int32_t box = (int32_t)ceil_div(pieces, ceil_div(pieces, most / piece));
+    const int64_t expert_copies = ceil_div(pieces, box) + left_over;
+    const int64_t all_copies = (int64_t)(down->experts + 0.5) * expert_copies;
+    const bool small_copies = box * piece < LOW_STAGE_BYTES;
+    const int32_t copies =
+        (int32_t)min64(min64(ceil_div(LOW_STAGE_BYTES, box * piece), most / (box * piece)),
+                       ceil_div(all_copies, MOE_DECODE_MATH_WARPS));
+    const int64_t low_stage = copies * box * piece;
     const double up_bytes = gate_up->experts * (double)(gate_up->weight_rows * gate_up->depth * 2),
                  low_bytes = down->experts * (double)(down->weight_rows * down->depth * 2);
     const int64_t low_stages =
@@ -651,7 +657,8 @@ static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_s
     const int64_t beside =
         (d->smem_per_sm - 2 * BLOCK_RESERVED - low_fixed - low_stages * low_stage - up_fixed) /
         MOE_DECODE_STAGE_BYTES;
-    const bool both = small_copies && beside >= FEWEST_BESIDE;
+    /* with 16 tokens the registers of both do not fit */
+    const bool both = tokens <= 8 && small_copies && beside >= FEWEST_BESIDE;
     const int64_t up_stages =
         min64(MOST_STAGES, both ? beside : (d->smem_per_block - up_fixed) / MOE_DECODE_STAGE_BYTES);
     if (up_stages < (both ? FEWEST_BESIDE : FEWEST_STAGES) || low_stages < 1 ||
@@ -670,7 +677,9 @@ static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_s
     plan->tile_rows = VARIANTS[up].rows;
     plan->gate_up.max_blocks = d->num_sms;
     plan->gate_up.ring_stages = (int32_t)up_stages;
-    plan->gate_up.stages_left = both ? STAGES_LEFT : INT32_MAX;
+    const bool at_once =
+        !both || up_bytes <= (double)ALL_STAGES * MOE_DECODE_STAGE_BYTES * d->num_sms;
+    plan->gate_up.stages_left = at_once ? INT32_MAX : STAGES_LEFT;
     plan->gate_up.smem_bytes = (int32_t)(up_fixed + up_stages * MOE_DECODE_STAGE_BYTES);
     plan->down.max_blocks = (int32_t)min64(d->num_sms, plan->down.grid_cols);
     plan->down.ring_stages = (int32_t)low_stages;

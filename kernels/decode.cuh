@@ -17,9 +17,10 @@ static constexpr int kMathWarps = MOE_DECODE_MATH_WARPS;
 static constexpr int kMathThreads = 32 * kMathWarps;
 static constexpr int kThreads = kMathThreads + 32 * MOE_GEMM_PRODUCERS_sm90a_decode;
 static constexpr int kUnitK = 64;
-static constexpr int kMathBarrier = 1; // of bar.sync: the math warps
-static constexpr int kReadBarrier = 2; // all but the warp that copies
-static constexpr int kMaxTiles = 2;    // of eight tokens
+static constexpr int kFinders = kThreads - 32; // threads that find experts, all warps but one
+static constexpr int kMathBarrier = 1;         // of bar.sync: the math warps
+static constexpr int kFindBarrier = 2;
+static constexpr int kMaxTiles = 2; // of eight tokens
 
 struct decode_state {
     // landed: a stage's copies; read: its units are multiplied, one arrival per reading warp; panel: token rows (gate_up);
@@ -37,16 +38,18 @@ struct decode_state {
 };
 static_assert(sizeof(decode_state) <= MOE_DECODE_SLOT_BYTES, "the host asks for so much");
 
-// n / d, without the reciprocal that a division spends most of its time on: r is 1 / d, made long before.
-static __device__ __forceinline__ int32_t divide(int32_t n, int32_t d, float r)
-{
-    int32_t q = static_cast<int32_t>(static_cast<float>(n) * r);
-    while (q * d > n)
-        --q;
-    while (n - q * d >= d)
-        ++q;
-    return q;
-}
+// Division by the same number again and again, made ready long before: n / d = 2 n * (2^63 / d + 1) / 2^64, n * d < 2^63.
+struct divisor {
+    uint64_t reciprocal;
+    __device__ __forceinline__ explicit divisor(uint32_t d) : reciprocal((1ull << 63) / d + 1)
+    {
+        asm volatile("" : "+l"(reciprocal)); // here, not where it is needed first
+    }
+    __device__ __forceinline__ int32_t divide(uint64_t n) const
+    {
+        return static_cast<int32_t>(__umul64hi(2 * n, reciprocal));
+    }
+};
 
 // Where a thread is in the ring.
 struct ring_position {
@@ -61,12 +64,13 @@ struct ring_position {
     }
 };
 
-// readers: warps that read each stage.
+// Before the first barrier of the block. readers: warps that read each stage.
 static __device__ __forceinline__ void start_ring(decode_state &state, int32_t stages,
                                                   uint32_t readers, const tensor_map *body,
                                                   const tensor_map *tail)
 {
-    if (threadIdx.x != 0) return;
+    if (threadIdx.x < 32 * kMaxTiles) state.seen[threadIdx.x / 32][threadIdx.x % 32] = 0;
+    if (threadIdx.x != kFinders) return; // not a thread of a warp that finds experts next
 #pragma unroll 1
     for (int32_t stage = 0; stage < stages; ++stage) {
         mbarrier_init(shared_address(&state.landed[stage]), 1);
@@ -143,31 +147,23 @@ static __device__ __forceinline__ void find_few_experts(decode_state &state,
     if (lane == 0) state.num_active = __popc(firsts);
 }
 
-// Fills expert and active, with few slots and tokens rank as well; returns how many experts are active. All threads of the
-// block; barriers, the first of which makes what was written before the call visible, the ring's barriers among it.
+// The same for any number: all warps but the last.
 template <int kTiles>
-static __device__ __forceinline__ int32_t find_experts(decode_state &state,
-                                                       const moe_slot_args &args)
+static __device__ __forceinline__ void find_many_experts(decode_state &state,
+                                                         const moe_slot_args &args)
 {
-    static_assert(kTiles <= kMaxTiles, "a bit for each expert and tile");
-    int32_t thread = threadIdx.x, words = (args.num_experts + 31) / 32;
-    if (few_slots<kTiles>(args)) {
-        if (thread < 32) find_few_experts(state, args);
-        __syncthreads();
-        return state.num_active;
-    }
-    if (thread < 32 * kTiles) state.seen[thread / 32][thread % 32] = 0;
-    __syncthreads();
+    const int32_t thread = threadIdx.x, lane = thread % 32, words = (args.num_experts + 31) / 32;
+    int32_t slot = thread, expert = slot < args.num_slots ? local_expert(args, slot) : -1;
+    named_barrier_sync(kFindBarrier, kFinders); // `seen` is zero
 #pragma unroll 1
-    for (int32_t slot = thread; slot < args.num_slots; slot += kThreads) {
-        int32_t expert = local_expert(args, slot);
+    for (; slot < args.num_slots; slot += kFinders) {
+        if (slot != thread) expert = local_expert(args, slot);
         state.expert[slot] = static_cast<int16_t>(expert);
-        int32_t tile = kTiles > 1 ? slot / args.topk / 8 : 0;
+        int32_t tile = kTiles > 1 && slot >= 8 * args.topk;
         if (expert >= 0) atomicOr(&state.seen[tile][expert / 32], 1u << expert % 32);
     }
-    __syncthreads();
+    named_barrier_sync(kFindBarrier, kFinders);
     // Every warp scans the words, one a lane, and lists the experts of its own.
-    int32_t lane = thread % 32;
     uint32_t bits = 0;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
@@ -178,18 +174,32 @@ static __device__ __forceinline__ int32_t find_experts(decode_state &state,
         int32_t below = __shfl_up_sync(0xffffffffu, before, offset);
         if (lane >= offset) before += below;
     }
-    int32_t total = __shfl_sync(0xffffffffu, before, 31);
+    if (thread == 31) state.num_active = before;
     before -= __popc(bits);
 #pragma unroll 1
-    for (int32_t word = thread / 32; word < words; word += kThreads / 32) {
+    for (int32_t word = thread / 32; word < words; word += kFinders / 32) {
         uint32_t experts = __shfl_sync(0xffffffffu, bits, word);
         int32_t first = __shfl_sync(0xffffffffu, before, word);
         if (experts >> lane & 1)
             state.active[first + __popc(experts & ((1u << lane) - 1))] =
                 static_cast<int16_t>(word * 32 + lane);
     }
+}
+
+// Fills expert and active, with few slots and tokens rank as well; returns how many experts are active. All threads of the
+// block, of which the last warp only waits in the end; after start_ring, whose barriers then are there.
+template <int kTiles>
+static __device__ __forceinline__ int32_t find_experts(decode_state &state,
+                                                       const moe_slot_args &args)
+{
+    static_assert(kTiles <= kMaxTiles, "a bit for each expert and tile");
+    if (few_slots<kTiles>(args)) {
+        if (threadIdx.x < 32) find_few_experts(state, args);
+    } else if (threadIdx.x < kFinders) {
+        find_many_experts<kTiles>(state, args);
+    }
     __syncthreads();
-    return total;
+    return state.num_active;
 }
 
 // How many experts before `expert` are active, for an active one: where it is in `active`.

@@ -69,30 +69,39 @@ struct down_decode {
         return tail && p.at == copies_per_expert - 1;
     }
 
-    // One thread.
-    __device__ __forceinline__ void produce() const
+    // One thread: every step-th stage from `first` on, of all tiles.
+    __device__ __forceinline__ void produce(int32_t first, int32_t step) const
     {
-        ring_position to;
         const uint32_t box_bytes = args.box_chunks * kUnitBytes;
+        const int32_t num_pieces = active * copies_per_expert;
+        const int32_t num_stages = (num_pieces + args.copies - 1) / args.copies;
+        int32_t next = first, end = 0; // numbers of stages: the next, one past the tile's last
+        int32_t stage = first;
+        uint32_t parity = 0;
+#pragma unroll 1
         for (int32_t tile = blockIdx.x; tile < col_tiles; tile += gridDim.x) {
+            piece at = {0, 0};
+            at.advance((next - end) * args.copies, copies_per_expert);
+            int32_t left = num_pieces - (next - end) * args.copies;
+            end += num_stages;
 #pragma unroll 1
-            for (piece p = {0, 0}; p.rank < active;) {
-                uint32_t bytes = 0, bar = shared_address(&state.landed[to.stage]);
-                uint32_t shared = shared_address(ring + to.stage * stage_bytes);
-                if (args.copies == 1) {
-                    bytes = is_tail(p) ? kUnitBytes : box_bytes;
-                } else {
-                    piece q = p;
+            for (; next < end; next += step) {
+                const int32_t copies = min(args.copies, left);
+                uint32_t bytes = copies * box_bytes, bar = shared_address(&state.landed[stage]);
+                uint32_t shared = shared_address(ring + stage * stage_bytes);
+                if (tail) {
+                    piece p = at;
 #pragma unroll 1
-                    for (int32_t i = 0; i < args.copies && q.rank < active; ++i) {
-                        bytes += is_tail(q) ? kUnitBytes : box_bytes;
-                        q.advance(1, copies_per_expert);
+                    for (int32_t i = 0; i < copies; ++i) {
+                        if (is_tail(p)) bytes -= box_bytes - kUnitBytes;
+                        p.advance(1, copies_per_expert);
                     }
                 }
-                mbarrier_wait(shared_address(&state.read[to.stage]), to.parity ^ 1);
+                piece p = at;
+                mbarrier_wait(shared_address(&state.read[stage]), parity ^ 1);
                 mbarrier_arrive_expect_tx(bar, bytes);
 #pragma unroll 1
-                for (int32_t i = 0; i < args.copies && p.rank < active; ++i) {
+                for (int32_t i = 0; i < copies; ++i) {
                     int32_t expert = state.active[p.rank];
                     if (is_tail(p))
                         tensor_copy_4d(shared, &rest, chunks * kUnitK, tile * kCols, 0, expert,
@@ -103,34 +112,39 @@ struct down_decode {
                     shared += box_bytes;
                     p.advance(1, copies_per_expert);
                 }
-                to.next(args.ring_stages);
+                at.advance(step * args.copies, copies_per_expert);
+                left -= step * args.copies;
+                stage += step;
+                if (stage >= args.ring_stages) {
+                    stage = first;
+                    parity ^= 1;
+                }
             }
         }
     }
 
-    // The wait, then the rows of intermediate into shared memory, a warp for a slot; what is past K is zero already. The
-    // math warps do it, not the copy engine: it would bring them behind the weights that it has been asked for.
+    // The wait, then the rows of intermediate into shared memory; what is past K is zero already. The math warps do it, not
+    // the copy engine: it would bring them behind the weights that it has been asked for. Rows of dropped slots come too.
     __device__ __forceinline__ void load_panel() const
     {
         const moe_down_args &stage = args.stage;
-        const int32_t lane_bytes = threadIdx.x % 32 * 16, bytes = stage.intermediate_size * 2;
-        const int32_t num_slots = args.slots.num_slots;
+        const int32_t pieces = stage.intermediate_size / 8; // of a row, 16 bytes each
+        const int32_t slots_on = kMathThreads / pieces, pieces_on = kMathThreads % pieces;
+        int32_t slot = static_cast<int32_t>(threadIdx.x) / pieces;
+        int32_t piece = static_cast<int32_t>(threadIdx.x) % pieces;
         const int64_t stride = stage.intermediate_stride * 2;
-        int32_t slot = threadIdx.x / 32;
         const char *from = static_cast<const char *>(stage.intermediate) + slot * stride;
         uint32_t to = shared_address(panel + slot * panel_pitch);
-        bool wanted = slot < num_slots && state.rank[slot] >= 0;
         grid_dependency_wait();
 #pragma unroll 1
-        while (slot < num_slots) {
-            if (wanted)
-#pragma unroll 1
-                for (int32_t at = lane_bytes; at < bytes; at += 32 * 16)
-                    cp_async_16(to + at, from + at, 16);
-            slot += kMathWarps;
-            from += kMathWarps * stride;
-            to += kMathWarps * panel_pitch;
-            wanted = slot < num_slots && state.rank[slot] >= 0;
+        while (slot < args.slots.num_slots) {
+            cp_async_16(to + piece * 16, from + piece * 16, 16);
+            int32_t on = slots_on;
+            piece += pieces_on;
+            if (piece >= pieces) piece -= pieces, ++on;
+            slot += on;
+            from += on * stride;
+            to += on * panel_pitch;
         }
         cp_async_commit();
         grid_launch_dependents();
@@ -323,10 +337,10 @@ struct down_decode {
     __device__ __forceinline__ void consume() const
     {
         const int32_t warp = threadIdx.x / 32, step = min(args.ring_stages, kMathWarps);
-        const int32_t num_stages = (active * copies_per_expert + args.copies - 1) / args.copies;
-        int32_t next = warp,
-                end = 0; // numbers of stages: this warp's next, one past the tile's last
-        int32_t stage = warp;
+        int32_t num_stages = (active * copies_per_expert + args.copies - 1) / args.copies;
+        asm volatile("" : "+r"(num_stages)); // now, not behind the wait
+        // Numbers of stages: this warp's next, one past the tile's last.
+        int32_t next = warp, end = 0, stage = warp;
         uint32_t parity = 0;
         piece at = {0, 0};
         at.advance(warp * args.copies, copies_per_expert);
@@ -383,19 +397,18 @@ struct down_decode {
     }
 
     // What the math warps know of the slots: weight, rank, `slots`, and whether some token has two slots of one expert.
-    // All threads but the producer's warp, after find_experts; weight is that of this thread's first slot.
+    // They do it, after find_experts; weight is that of this thread's first slot.
     __device__ __forceinline__ void read_slots(float weight)
     {
-        constexpr int32_t kReaders = kThreads - 32;
         const int32_t topk = args.slots.topk, num_slots = args.slots.num_slots;
-        const int32_t thread = threadIdx.x < kMathThreads ? threadIdx.x : threadIdx.x - 32;
+        const int32_t thread = threadIdx.x;
 #pragma unroll 1
-        for (int32_t i = thread; i < active * kTokens / 8; i += kReaders)
+        for (int32_t i = thread; i < active * kTokens / 8; i += kMathThreads)
             reinterpret_cast<uint4 *>(slots)[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
         if (tail) { // zeros behind K
             int32_t past = (kUnitK - args.stage.intermediate_size % kUnitK) / 8;
 #pragma unroll 1
-            for (int32_t i = thread; i < num_slots * past; i += kReaders) {
+            for (int32_t i = thread; i < num_slots * past; i += kMathThreads) {
                 int32_t slot = i / past;
                 *reinterpret_cast<uint4 *>(panel + slot * panel_pitch +
                                            args.stage.intermediate_size * 2 +
@@ -403,9 +416,9 @@ struct down_decode {
             }
         }
         if (thread == 0) state.duplicates = 0;
-        named_barrier_sync(kReadBarrier, kReaders);
+        named_barrier_sync(kMathBarrier, kMathThreads);
 #pragma unroll 1
-        for (int32_t slot = thread; slot < num_slots; slot += kReaders) {
+        for (int32_t slot = thread; slot < num_slots; slot += kMathThreads) {
             state.weight[slot] = slot == thread ? weight : slot_weight(slot);
             int32_t expert = state.expert[slot], token = slot / topk, before = token * topk;
             const bool known = few_slots<kTiles>(args.slots);
@@ -421,7 +434,7 @@ struct down_decode {
             else
                 state.duplicates = 1;
         }
-        named_barrier_sync(kReadBarrier, kReaders);
+        named_barrier_sync(kMathBarrier, kMathThreads);
         duplicates = state.duplicates;
     }
 
@@ -442,17 +455,19 @@ struct down_decode {
     __device__ __forceinline__ void run()
     {
         start_ring(state, args.ring_stages, 1, &body, &rest);
-        const bool produces = threadIdx.x / 32 == kMathWarps;
-        const int32_t first = threadIdx.x < kMathThreads ? threadIdx.x : threadIdx.x - 32;
+        const bool math = threadIdx.x < kMathThreads;
         // Asked for together with the ids: while gate_up streams, a load takes microseconds.
-        float weight = !produces && first < args.slots.num_slots ? slot_weight(first) : 0.0f;
+        float weight = math && threadIdx.x < args.slots.num_slots ? slot_weight(threadIdx.x) : 0.0f;
         active = find_experts<kTiles>(state, args.slots);
-        if (produces) {
-            if (threadIdx.x == kMathThreads) produce();
-            return;
+        if (math) {
+            read_slots(weight);
+            consume();
+        } else if (threadIdx.x % 32 == 0) {
+            // Two warps ask where each has stages of the ring for good, as the math warps (consume); one where it would not.
+            const int32_t producers = args.ring_stages % 2 == 0 ? 2 : 1;
+            const int32_t producer = threadIdx.x / 32 - kMathWarps;
+            if (producer < producers) produce(producer, producers);
         }
-        read_slots(weight);
-        if (threadIdx.x < kMathThreads) consume();
     }
 };
 

@@ -29,8 +29,8 @@ struct gate_up_decode {
     sums_buffer *sums; // two, in turn
     decode_state &state;
     int32_t panel_pitch, chunks, row_tiles;
-    float per_grid, per_row_tiles; // reciprocals, for share
-    bool tail, plain;              // plain: silu(gate) * up and nothing else
+    divisor grid, tiles_per_expert; // for share
+    bool tail, plain;               // plain: silu(gate) * up and nothing else
 
     __device__ __forceinline__ gate_up_decode(const moe_gate_up_decode_args &args,
                                               const tensor_map &body, const tensor_map &rest,
@@ -40,7 +40,7 @@ struct gate_up_decode {
           sums(reinterpret_cast<sums_buffer *>(
               panel + args.stage.num_tokens *
                           MOE_DECODE_PANEL_PITCH(static_cast<int64_t>(args.stage.hidden_size)))),
-          state(*reinterpret_cast<decode_state *>(sums + 2))
+          state(*reinterpret_cast<decode_state *>(sums + 2)), grid(gridDim.x), tiles_per_expert(1)
     {
         const moe_gate_up_args &stage = args.stage;
         panel_pitch = MOE_DECODE_PANEL_PITCH(stage.hidden_size);
@@ -50,8 +50,7 @@ struct gate_up_decode {
                 !stage.w13_bias && !stage.topk_weights;
         int32_t outputs = stage.gated ? 8 : 16;
         row_tiles = (stage.intermediate_size + outputs - 1) / outputs;
-        per_grid = 1.0f / static_cast<float>(gridDim.x);
-        per_row_tiles = 1.0f / static_cast<float>(row_tiles);
+        tiles_per_expert = divisor(row_tiles);
     }
 
     struct items {
@@ -61,11 +60,10 @@ struct gate_up_decode {
     // This block's share of active * row_tiles items: from total * block / grid on, the fraction cut off.
     __device__ __forceinline__ items share(int32_t active) const
     {
-        const int32_t grid = gridDim.x, block = blockIdx.x, total = active * row_tiles;
-        const int32_t each = divide(total, grid, per_grid), more = total - each * grid;
-        int32_t begin = each * block + divide(more * block, grid, per_grid);
-        int32_t end = each * (block + 1) + divide(more * (block + 1), grid, per_grid);
-        int32_t rank = divide(begin, row_tiles, per_row_tiles);
+        const uint64_t total = active * row_tiles;
+        int32_t begin = grid.divide(total * blockIdx.x),
+                end = grid.divide(total * (blockIdx.x + 1));
+        int32_t rank = tiles_per_expert.divide(begin);
         return {rank, begin - rank * row_tiles, end - begin};
     }
 
@@ -78,29 +76,31 @@ struct gate_up_decode {
         }
     }
 
-    // Token rows into shared memory: asked for by one thread, past K zeros by the others.
-    __device__ __forceinline__ void load_panel()
+    // Token rows into shared memory, asked for by one thread. What is past K was made zero before.
+    __device__ __forceinline__ void load_panel() const
     {
         const moe_gate_up_args &stage = args.stage;
-        int32_t num_tokens = static_cast<int32_t>(stage.num_tokens), k = stage.hidden_size;
-        if (threadIdx.x == kMathThreads) {
-            uint32_t bar = shared_address(&state.panel);
-            mbarrier_arrive_expect_tx(bar, static_cast<uint32_t>(num_tokens * k * 2));
+        const int32_t num_tokens = static_cast<int32_t>(stage.num_tokens), k = stage.hidden_size;
+        uint32_t bar = shared_address(&state.panel), to = shared_address(panel);
+        auto from = static_cast<const typename T::element *>(stage.hidden_states);
+        mbarrier_arrive_expect_tx(bar, static_cast<uint32_t>(num_tokens * k * 2));
 #pragma unroll 1
-            for (int32_t token = 0; token < num_tokens; ++token)
-                bulk_copy(shared_address(panel + token * panel_pitch),
-                          static_cast<const typename T::element *>(stage.hidden_states) +
-                              token * stage.hidden_stride,
-                          static_cast<uint32_t>(k * 2), bar);
+        for (int32_t token = 0; token < num_tokens; ++token) {
+            bulk_copy(to, from, static_cast<uint32_t>(k * 2), bar);
+            to += panel_pitch;
+            from += stage.hidden_stride;
         }
-        if (tail) {
-            int32_t past = kUnitK - k % kUnitK; // a multiple of 8
+    }
+
+    __device__ __forceinline__ void clear_panel_tail() const
+    {
+        const int32_t num_tokens = static_cast<int32_t>(args.stage.num_tokens);
+        const int32_t k = args.stage.hidden_size, past = (kUnitK - k % kUnitK) / 8;
 #pragma unroll 1
-            for (int32_t i = threadIdx.x; i < num_tokens * past / 8; i += kThreads) {
-                int32_t token = i / (past / 8), at = k + (i - token * (past / 8)) * 8;
-                *reinterpret_cast<uint4 *>(panel + token * panel_pitch + at * 2) =
-                    make_uint4(0, 0, 0, 0);
-            }
+        for (int32_t i = threadIdx.x; i < num_tokens * past; i += kThreads) {
+            int32_t token = i / past, at = k + (i - token * past) * 8;
+            *reinterpret_cast<uint4 *>(panel + token * panel_pitch + at * 2) =
+                make_uint4(0, 0, 0, 0);
         }
     }
 
@@ -302,10 +302,11 @@ struct gate_up_decode {
     __device__ __forceinline__ void run()
     {
         start_ring(state, args.ring_stages, kMathWarps, &body, &rest);
+        if (tail) clear_panel_tail();
         prefetch_slots(args.slots);
         __syncthreads();
         grid_dependency_wait();
-        load_panel();
+        if (threadIdx.x == kFinders) load_panel();
         items mine = share(find_experts<kTiles>(state, args.slots));
         if (threadIdx.x < kMathThreads)
             consume(mine);

@@ -5,6 +5,7 @@ import fusedmoe
 import numpy as np
 import pytest
 from fusedmoe import _C, reference
+from fusedmoe.models import BF16_MODELS, MODELS
 from support import (
     BF16,
     F16,
@@ -41,6 +42,8 @@ SIZES = [
     (8, 2048, 128, 64, 10),
     (3, 512, 120, 12, 5),  # the same with a tail
     (4, 256, 64, 20, 6),  # six experts in a stage
+    (12, 2048, 128, 40, 10),  # two groups of tokens, 16 columns a thread block
+    (16, 512, 512, 30, 8),  # token rows leave room for eight stages of half a copy
 ]
 
 
@@ -64,6 +67,15 @@ def test_these_layers_are_decoded():
         p = fusedmoe.plan(tokens, *sizes, device="cuda", num_sms=132)
         for stage in ("gate_up", "down"):
             assert p[stage]["name"].endswith("_sm90a_decode"), (tokens, sizes)
+
+
+def test_up_to_16_tokens_are_decoded():
+    """Unless the token rows of down leave its ring no room (qwen3_30b), or an expert's rows of w2
+    are no whole number of pieces (gptoss)."""
+    for name in BF16_MODELS:
+        p = fusedmoe.plan(16, *MODELS[name], device="cuda", num_sms=132)
+        decoded = p["down"]["name"].endswith("_sm90a_decode")
+        assert decoded == (name not in ("qwen3_30b", "gptoss_120b_tp4")), name
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 4, 8])
