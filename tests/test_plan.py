@@ -133,7 +133,7 @@ def test_portable_kernels_alone():
 
 def test_plans_of_one_height():
     """What tests/test_variants.py relies on."""
-    hopper = {32: "_sm90a_swap", 64: "_sm90a_swap", 96: "_sm90a_swap", 128: "_sm90a"}
+    hopper = {32: "_sm90a_swap", 64: "_sm90a_swap", 96: "_sm90a_swap", 128: "_sm90a", 192: "_sm90a"}
     cases = [(rows, True) for rows in (16, 32, 64, 128)] + [(rows, False) for rows in hopper]
     for rows, portable in cases:
         _C._restrict_plans(portable, rows)

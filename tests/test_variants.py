@@ -14,7 +14,7 @@ from test_gate_up import ALL_ACTIVATIONS
 
 HEIGHTS = [
     *((rows, True) for rows in (16, 32, 64, 128)),
-    *((rows, False) for rows in (32, 64, 96, 128)),
+    *((rows, False) for rows in (32, 64, 96, 128, 192)),
 ]
 
 
