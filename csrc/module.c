@@ -719,7 +719,8 @@ static PyMethodDef METHODS[] = {
      "GPUs that the driver shows; RuntimeError without a driver."},
     {"info", py_info, METH_NOARGS, "Facts about this build and machine, as a dict."},
     {"_restrict_plans", py_restrict_plans, METH_VARARGS,
-     "(portable, tile_rows, apart=False): plans take no kernel made for one architecture; only this "
+     "(portable, tile_rows, apart=False): plans take no kernel made for one architecture; only "
+     "this "
      "height; gate_up and down in launches of their own."},
     {"_fix_plans", py_fix_plans, METH_VARARGS,
      "(gate_up, down): plans take these rows of the table of variants; -1: their own choice; both "

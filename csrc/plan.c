@@ -147,6 +147,9 @@ static double distinct_experts(const moe_problem *p, int64_t num_tokens)
     return p->num_experts * (1.0 - pow(1.0 - share, (double)num_tokens));
 }
 
+/* Rows of the tiles of three math warpgroups. */
+enum { TALL_ROWS = 192 };
+
 /* One grouped GEMM: weight_rows x depth weights per expert over num_slots rows. */
 typedef struct gemm_shape {
     double experts, rows_per_expert, row_spread; /* row_spread: their standard deviation */
@@ -182,11 +185,14 @@ static double persistent_us(const variant *v, const gemm_shape *s, const moe_dev
     double tiles = expected_tiles(s, v->rows);
     double share = tiles * (double)ceil_div(s->weight_rows, v->cols) / d->num_sms;
     share = share < 8.0 ? ceil(share) : share + 0.5;
-    /* shared memory: both warpgroups read all of the weights; at 128 x 256 that takes as long as the math, and what is
+    /* 64 rows that are padding cost no math; in a tile of 128 rows the way of its weights takes as long */
+    double height = v->rows < TALL_ROWS ? v->rows : 64.0 * expected_tiles(s, 64) / tiles;
+    /* shared memory: every warpgroup reads all of the weights; at 128 x 256 that takes as long as the math, and what is
      * narrower less than that by less */
-    double port = fmax(1.0, (3.0 * v->cols + 2.0 * v->rows) / (4.0 * v->cols));
+    double groups = height / 64.0;
+    double port = fmax(1.0, (groups * (v->cols + 128.0) + v->cols) / (2.0 * groups * v->cols));
     double step_us =
-        port * 2.0 * v->rows * v->cols * v->k / (d->flops_per_us / d->num_sms * mma_share);
+        port * 2.0 * height * v->cols * v->k / (d->flops_per_us / d->num_sms * mma_share);
     double compute_us = start_us + share * ((double)ceil_div(s->depth, v->k) * step_us + tile_us);
     double stream_bytes =
         s->experts * (double)s->weight_rows * (double)s->depth * (double)s->element_bytes +
@@ -295,6 +301,15 @@ static int32_t most_swap_rows(const moe_problem *p, const moe_device_info *d)
     return tiles < d->num_sms ? 72 : 48;
 }
 
+/* Where tiles of TALL_ROWS rows are for: most experts have one of them, many would have two of 128 rows, and there are some
+ * for every SM. Elsewhere they were measured to be slower (docs/notes/hopper_kernels.md). */
+static bool wants_tall(const variant *v, const gemm_shape *s, const moe_device_info *d)
+{
+    const double tall = expected_tiles(s, TALL_ROWS), low = expected_tiles(s, 128);
+    return tall <= 1.1 * s->experts && low >= 1.25 * s->experts &&
+           tall * (double)ceil_div(s->weight_rows, v->cols) >= 1.5 * d->num_sms;
+}
+
 static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem *p,
                             const moe_device_info *d, const gemm_shape *s, double *us)
 {
@@ -302,6 +317,9 @@ static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem 
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
         if (VARIANTS[i].rows != tile_rows || VARIANTS[i].arch == ARCH_sm90a_decode ||
             !usable(&VARIANTS[i], stage, p, d) || !allowed(i, stage, p, d))
+            continue;
+        if (d->tile_rows == 0 && d->gate_up_row <= 0 && d->down_row <= 0 &&
+            tile_rows == TALL_ROWS && !wants_tall(&VARIANTS[i], s, d))
             continue;
         const double cost = gemm_us(&VARIANTS[i], s, d);
         if (best < 0 || cost < *us) {

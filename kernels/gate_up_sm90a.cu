@@ -22,13 +22,12 @@ struct gate_up_problem {
                    : make_int2(col + part * rows, 0);
     }
 
-    __device__ __forceinline__ const typename T::element *token_row(int32_t slot) const
+    __device__ __forceinline__ const typename T::element *tokens() const
     {
-        int32_t token = token_of(slot, args);
-        return token >= 0 ? static_cast<const typename T::element *>(args.hidden_states) +
-                                token * args.hidden_stride
-                          : nullptr;
+        return static_cast<const typename T::element *>(args.hidden_states);
     }
+
+    __device__ __forceinline__ int64_t token_stride() const { return args.hidden_stride; }
 
     // Plain silu from registers; all else is one loop, not 32 copies of each activation.
     template <class Gemm>
@@ -48,8 +47,9 @@ struct gate_up_problem {
                                                const typename Gemm::work &work,
                                                const float (&sums)[Gemm::kSums]) const
     {
+        constexpr int kBlocks = Gemm::kOutCols / 8;
 #pragma unroll
-        for (int j = 0; j < Gemm::kOutCols / 8; j += 2) {
+        for (int j = 0; j < Gemm::kCols / 16; j += 2) {
             float y[8];
 #pragma unroll
             for (int i = 0; i < 8; ++i)
@@ -58,54 +58,53 @@ struct gate_up_problem {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 pairs[i] = T::round2(y[2 * i], y[2 * i + 1]);
-            Gemm::out_put(smem, j, pairs);
+            Gemm::out_put(smem, j % kBlocks, pairs);
+            if ((j + 2) % kBlocks == 0)
+                Gemm::out_copy(smem, work, args.intermediate, args.intermediate_stride,
+                               work.col_begin / 2 + (j + 2 - kBlocks) * 8, args.intermediate_size);
         }
-        Gemm::out_copy(smem, work, args.intermediate, args.intermediate_stride, work.col_begin / 2,
-                       args.intermediate_size);
     }
 
-    // Where not gated there are twice as many outputs: kOutCols of them at a time.
+    // Where not gated there are twice as many outputs.
     template <class Gemm>
     __device__ __forceinline__ void
     write_any(typename Gemm::shared &smem, const typename Gemm::work &work,
               const float (&sums)[Gemm::kSums], const float (&weight)[2]) const
     {
-        constexpr int kBlocks = Gemm::kOutCols / 8, kHalf = Gemm::kSums / 2;
+        constexpr int kBlocks = Gemm::kOutCols / 8, kHalfBlocks = Gemm::kCols / 16,
+                      kHalf = Gemm::kSums / 2;
         bool gated = args.gated;
         weight_rows rows = gate_up_rows<T>(work.expert, args);
         int32_t out = gated ? work.col_begin / 2 : work.col_begin;
 #pragma unroll 1
-        for (int part = 0; part < (gated ? 1 : 2); ++part, out += Gemm::kOutCols) {
+        for (int part = 0; part < (gated ? 1 : 2); ++part) {
 #pragma unroll 1
-            for (int j = 0; j < kBlocks; j += 2) {
-                float first[8], second[8]; // of the gate's and up's halves of the columns
-#pragma unroll
-                for (int from = 0; from < kBlocks; from += 2) // registers have no index: compare
-#pragma unroll
-                    for (int i = 0; i < 8; ++i)
-                        if (from == j) {
-                            first[i] = sums[from * 4 + i];
-                            second[i] = sums[from * 4 + i + kHalf];
-                        }
+            for (int j = 0; j < kHalfBlocks; j += 2, out += 16) {
                 uint32_t pairs[4];
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
                     float g[4], u[4], y[4];
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        int at = i / 2 * 4 + half * 2 + i % 2;
-                        g[i] = part == 0 ? first[at] : second[at];
-                        u[i] = gated ? second[at] : 1.0f;
-                    }
-                    make_outputs(y, g, u, out + Gemm::lane_col(j), 8, weight[half], work.expert,
+                    for (int from = 0; from < kHalfBlocks;
+                         from += 2) // registers have no index: compare
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            int at = (from + i / 2) * 4 + half * 2 + i % 2;
+                            if (from == j) {
+                                g[i] = part == 0 ? sums[at] : sums[at + kHalf];
+                                u[i] = gated ? sums[at + kHalf] : 1.0f;
+                            }
+                        }
+                    make_outputs(y, g, u, out + Gemm::lane_col(0), 8, weight[half], work.expert,
                                  rows, args);
                     pairs[half] = T::round2(y[0], y[1]);
                     pairs[2 + half] = T::round2(y[2], y[3]);
                 }
-                Gemm::out_put(smem, j, pairs);
+                Gemm::out_put(smem, j % kBlocks, pairs);
+                if ((j + 2) % kBlocks == 0)
+                    Gemm::out_copy(smem, work, args.intermediate, args.intermediate_stride,
+                                   out + 16 - Gemm::kOutCols, args.intermediate_size);
             }
-            Gemm::out_copy(smem, work, args.intermediate, args.intermediate_stride, out,
-                           args.intermediate_size);
         }
     }
 };

@@ -4,9 +4,8 @@
  *        kCols of its weight rows; K in steps of kTileK, always in the same order
  * How    one thread block per SM, which takes tiles from the list as long as there are any. A producer warpgroup
  *        fills a ring of kStages stages and runs ahead into the next tile: weights by the copy engine in two boxes of
- *        kCols / 2 rows,
- *        token rows by it too, or by 16-byte cp.async where they are gathered. Two math warpgroups multiply 64
- *        rows each with wgmma m64n<kCols>k16, token rows on M, weight rows on N, both operands from the ring.
+ *        kCols / 2 rows, token rows by it too, or by 16-byte cp.async where they are gathered. Math warpgroups, two
+ *        or three, multiply 64 rows each with wgmma m64n<kCols>k16, token rows on M, weight rows on N, both operands from the ring.
  *        Chunk c of row r lies at chunk c ^ (r % 8), wgmma's 128-byte swizzle, whoever writes it.
  * Out    a warp puts its 16 rows of rounded results into shared memory (stmatrix), kOutCols columns at a time, and
  *        stores them row after row: whole lines, and no other warp waits for it
@@ -18,37 +17,43 @@
 
 #include "gemm_sm90a.cuh"
 
-// kGather: token rows by cp.async from where Problem::token_row says, else by the map of the tokens.
+// kGather: token rows by cp.async from Problem::tokens, else by the map of the tokens.
 template <class Type, bool kGather, int kRows_, int kCols_, int kTileK_, int kStages_>
 struct gemm_wgmma {
     static constexpr int kRows = kRows_, kCols = kCols_, kTileK = kTileK_, kStages = kStages_;
-    static constexpr int kOutCols = MOE_GEMM_OUT_COLS_sm90a(kCols);
+    static constexpr int kOutCols = MOE_GEMM_OUT_COLS_sm90a(kRows, kCols, kTileK, kStages);
     using T = Type;
     using element = typename Type::element;
 
-    static constexpr int kMathThreads = kRows / 64 * 128; // a warpgroup for 64 rows
+    static constexpr int kGroups = kRows / 64; // math warpgroups: one for 64 rows
+    static constexpr int kMathThreads = kGroups * 128;
     static constexpr int kCopyThreads = 32 * MOE_GEMM_PRODUCERS_sm90a;
     static constexpr int kChunks = kTileK / 8; // 16-byte chunks of a row of a stage
     static constexpr int kPassRows = kCopyThreads / kChunks;
     static constexpr int kTokenBytes = kRows * kTileK * 2; // of a stage
+    static constexpr int kGroupBytes = 64 * kTileK * 2;    // the rows of one math warpgroup
     static constexpr int kWeightBytes = kCols * kTileK * 2;
     static constexpr int kBoxRows = MOE_GEMM_WEIGHT_BOX_sm90a(kCols); // two boxes a stage
     static constexpr int kSums = kCols / 2;                           // of a thread
     static constexpr int kOutPitch = kOutCols * 2 + 16; // bytes; eight rows lie in different banks
-    // Registers: 65536 = 2 * 128 * 216 + 128 * 72, with what the launch rounds away.
-    static constexpr int kMathRegisters = 216, kCopyRegisters = 72;
+    // What the launch gives (65536, or what it rounds that to) goes to whoever needs it.
+    static constexpr int kMathRegisters = kGroups == 2 ? 216 : 152;
+    static constexpr int kCopyRegisters = kGroups == 2 ? 72 : 56;
+    static_assert(kMathThreads * kMathRegisters + kCopyThreads * kCopyRegisters <= 65536);
     // Tiles in a column before the next column: neighbours in time share weights and token rows in L2.
     static constexpr uint32_t kRaster = 8;
     // Items a block knows ahead: it takes the first kAhead at fixed places, then whatever is next when it gets there.
     // Between the producer and the slowest math warp lie at most kStages + kAhead of them.
     static constexpr uint32_t kAhead = 3, kItems = 16;
-    // In tiles of few steps the second warpgroup starts kLag steps late: one's results leave during the other's math.
-    static constexpr int32_t kLag = 2, kLagSteps = 4;
+    // In tiles of few steps each warpgroup starts kLag steps behind the one before: one's results leave during the
+    // others' math.
+    static constexpr int32_t kLag = kGroups == 2 ? 2 : 1, kLagSteps = 4;
 
     static_assert(kTileK == MOE_MAP_COLS, "a row of a stage is the 128 bytes of the swizzle");
-    static_assert(kRows == 128 && (kCols == 256 || kCols == 192 || kCols == 128),
-                  "two warpgroups; wgmma() below");
-    static_assert(kPassRows == 16, "copy_tile: 16 rows a pass");
+    static_assert(kCols == 256 || kCols == 192 || kCols == 128, "wgmma() below");
+    static_assert(kGroups == 2 || (kGroups == 3 && kCols < 256), "registers for the sums");
+    static_assert(kChunks == 8 && kPassRows == 16,
+                  "copy_tile: eight lanes a row, four passes for 64 rows");
 
     struct shared {
         alignas(1024) unsigned char token[kStages][kTokenBytes];
@@ -57,9 +62,11 @@ struct gemm_wgmma {
         // landed: all bytes of a stage and every gathering thread; read: its wgmma are done, one per math warp
         alignas(8) uint64_t landed[kStages];
         uint64_t read[kStages];
-        uint32_t item
-            [kItems];  // of tile n at n % kItems: written by the producer before tile n - 2 lands
-        uint64_t turn; // the first math warpgroup is kLag steps into a tile, one arrival per warp
+        // work: of tile n at n % kItems, for the math warps, written before tile n - 1 lands; item: of tile n + 2 at
+        // n % 2, for the producer warps; turn: this math warpgroup is kLag steps into a tile, one arrival per warp
+        int4 work[kItems];
+        uint32_t item[2];
+        uint64_t turn[kGroups - 1];
     };
     static_assert(sizeof(shared) <= MOE_GEMM_SMEM_BYTES_sm90a(kRows, kCols, kTileK, kStages),
                   "the host launches with the size that its macro gives");
@@ -69,8 +76,21 @@ struct gemm_wgmma {
 
     struct work {
         int32_t expert, row_begin, num_rows, col_begin; // num_rows < 0: past the end of the list
-        bool alone; // the only tile of its expert: no other block reads these weights
+        bool
+            alone; // the only tile of its expert: no other block reads these weights (for the producer)
     };
+
+    static __device__ __forceinline__ void put_work(shared &smem, uint32_t tile, const work &work)
+    {
+        smem.work[tile % kItems] =
+            make_int4(work.expert, work.row_begin, work.num_rows, work.col_begin);
+    }
+
+    static __device__ __forceinline__ work get_work(const shared &smem, uint32_t tile)
+    {
+        int4 held = smem.work[tile % kItems];
+        return {held.x, held.y, held.z, held.w, false};
+    }
 
     // The list as items: all column tiles of kRaster entries, then of the next kRaster entries.
     struct list {
@@ -109,20 +129,27 @@ struct gemm_wgmma {
     // its first thread gives the copy engine its work.
     // ---------------------------------------------------------------------------------------------
 
+    // Math warpgroups with rows; one where the tile has none.
+    static __device__ __forceinline__ int32_t groups_of(const work &work)
+    {
+        return max(work.num_rows + 63, 64) / 64;
+    }
+
     template <class Problem>
     static __device__ __forceinline__ void
     copy_boxes(shared &smem, uint32_t stage, const work &work, int32_t k, const Problem &problem)
     {
         uint32_t landed = shared_address(&smem.landed[stage]);
         uint32_t bytes = kWeightBytes;
-        if constexpr (!kGather) bytes += work.num_rows > 64 ? kTokenBytes : kTokenBytes / 2;
+        if constexpr (!kGather) bytes += groups_of(work) * kGroupBytes;
         mbarrier_arrive_expect_tx(landed, bytes);
         if constexpr (!kGather) {
             uint32_t to = shared_address(smem.token[stage]);
-            tensor_copy_4d(to, problem.tokens, k, work.row_begin, 0, 0, landed);
-            if (work.num_rows > 64)
-                tensor_copy_4d(to + kTokenBytes / 2, problem.tokens, k, work.row_begin + 64, 0, 0,
-                               landed);
+#pragma unroll
+            for (int group = 0; group < kGroups; ++group)
+                if (group < groups_of(work))
+                    tensor_copy_4d(to + group * kGroupBytes, problem.tokens, k,
+                                   work.row_begin + group * 64, 0, 0, landed);
         }
         uint32_t to = shared_address(smem.weight[stage]);
 #pragma unroll
@@ -136,25 +163,28 @@ struct gemm_wgmma {
         }
     }
 
-    static constexpr int kPasses = kGather ? kRows / kPassRows : 1;
+    // Pass p brings row t / kChunks + p * kPassRows. Its slot, asked for a tile ahead, is held by one of the eight threads
+    // of the row, p % 8 of them, at p / 8: the addresses of this tile's rows need the registers.
+    static constexpr int kPasses = kRows / kPassRows, kHeld = (kPasses + 7) / 8;
 
-    // What a gathering thread needs to know of a tile's rows, asked for a tile ahead.
+    // The slots of a tile's rows, asked for a tile ahead.
     template <class Problem>
-    static __device__ __forceinline__ void load_slots(int32_t (&slot)[kPasses], const work &work,
+    static __device__ __forceinline__ void load_slots(int32_t (&slot)[kHeld], const work &work,
                                                       const Problem &problem)
     {
         if constexpr (kGather) {
-            int32_t row = (threadIdx.x - kMathThreads) / kChunks;
+            int32_t thread = threadIdx.x - kMathThreads;
+            int32_t row = thread / kChunks + thread % kChunks * kPassRows;
 #pragma unroll
-            for (int pass = 0; pass < kPasses; ++pass, row += kPassRows)
-                slot[pass] =
+            for (int held = 0; held < kHeld; ++held, row += 8 * kPassRows)
+                slot[held] =
                     row < work.num_rows ? problem.args.sorted_token_ids[work.row_begin + row] : -1;
         }
     }
 
     template <class Problem>
     static __device__ __forceinline__ void
-    copy_tile(shared &smem, position &at, const work &work, int32_t (&slot)[kPasses],
+    copy_tile(shared &smem, position &at, const work &work, int32_t (&slot)[kHeld],
               const typename gemm_wgmma::work &next, const Problem &problem)
     {
         int32_t thread = threadIdx.x - kMathThreads;
@@ -169,10 +199,15 @@ struct gemm_wgmma {
             const unsigned char *token[kPasses];
             uint32_t token_valid = 0;
 #pragma unroll
+            for (int held = 0; held < kHeld; ++held)
+                slot[held] = token_of(slot[held], problem.args);
+#pragma unroll
             for (int pass = 0; pass < kPasses; ++pass) {
-                const element *from = problem.token_row(slot[pass]);
-                token[pass] = reinterpret_cast<const unsigned char *>(from + chunk);
-                if (from) token_valid |= 1u << pass;
+                int32_t of =
+                    __shfl_sync(0xffffffffu, slot[pass / kChunks], pass % kChunks, kChunks);
+                token[pass] = reinterpret_cast<const unsigned char *>(
+                    problem.tokens() + max(of, 0) * problem.token_stride() + chunk);
+                if (of >= 0) token_valid |= 1u << pass;
             }
             load_slots(slot, next, problem);
             for (int32_t k = 0; k < problem.k_size; k += kTileK, at.next()) {
@@ -180,16 +215,16 @@ struct gemm_wgmma {
                 if (thread == 0) copy_boxes(smem, at.stage, work, k, problem);
                 uint32_t to = shared_address(smem.token[at.stage]) + offset;
                 uint32_t valid = k + chunk < problem.k_size ? token_valid : 0;
-                auto copy = [&](int first) {
 #pragma unroll
-                    for (int pass = first; pass < first + kPasses / 2; ++pass) {
+                for (int group = 0; group < kGroups; ++group) {
+                    if (work.num_rows <= group * 64) break;
+#pragma unroll
+                    for (int pass = group * 4; pass < group * 4 + 4; ++pass) {
                         cp_async_16_wide(to + pass * (kPassRows * kTileK * 2), token[pass],
                                          (valid >> pass & 1) << 4);
                         token[pass] += kTileK * 2;
                     }
-                };
-                if (work.num_rows > 0) copy(0);
-                if (work.num_rows > 64) copy(kPasses / 2);
+                }
                 cp_async_arrive(shared_address(&smem.landed[at.stage]));
             }
         }
@@ -205,23 +240,23 @@ struct gemm_wgmma {
         constexpr bool kBf16 = Type::kDtype == MOE_BF16;
         if constexpr (kCols == 256 && kBf16) wgmma_m64n256k16_bf16(sums, token, weight, scale_d);
         if constexpr (kCols == 256 && !kBf16) wgmma_m64n256k16_f16(sums, token, weight, scale_d);
-        if constexpr (kCols == 128 && kBf16) wgmma_m64n128k16_bf16(sums, token, weight, scale_d);
-        if constexpr (kCols == 128 && !kBf16) wgmma_m64n128k16_f16(sums, token, weight, scale_d);
         if constexpr (kCols == 192 && kBf16) wgmma_m64n192k16_bf16(sums, token, weight, scale_d);
         if constexpr (kCols == 192 && !kBf16) wgmma_m64n192k16_f16(sums, token, weight, scale_d);
+        if constexpr (kCols == 128 && kBf16) wgmma_m64n128k16_bf16(sums, token, weight, scale_d);
+        if constexpr (kCols == 128 && !kBf16) wgmma_m64n128k16_f16(sums, token, weight, scale_d);
     }
 
-    // All of K. after_first: to be done while the first products are under way, if there are any.
-    template <class AfterFirst>
+    // All of K. after_first, after_last: to be done while the products of a tile's first step are under way, of its last.
+    template <class AfterFirst, class AfterLast>
     static __device__ __forceinline__ void
     multiply(float (&sums)[kSums], shared &smem, position &at, int32_t num_rows, int32_t num_steps,
-             uint32_t &turn, AfterFirst after_first)
+             uint32_t &turn, AfterFirst after_first, AfterLast after_last)
     {
         uint32_t group = threadIdx.x / 128;
-        // The ring does not hold so much that the first could be two turns ahead of the second.
+        // The ring does not hold so much that one could be two turns ahead of the next.
         bool staggered = num_rows > 64 && num_steps <= kLagSteps && num_steps + kLag > kStages;
-        if (staggered && group == 1) {
-            mbarrier_wait(shared_address(&smem.turn), turn);
+        if (staggered && group > 0) {
+            mbarrier_wait(shared_address(&smem.turn[group - 1]), turn);
             turn ^= 1;
         }
         if (static_cast<int32_t>(group * 64) >= num_rows) { // nothing but padding
@@ -238,15 +273,15 @@ struct gemm_wgmma {
             // cp.async writes through the generic proxy, wgmma reads through the other
             if constexpr (kGather) fence_proxy_async();
             uint64_t token =
-                wgmma_descriptor(shared_address(smem.token[at.stage]) + group * (64 * kTileK * 2));
+                wgmma_descriptor(shared_address(smem.token[at.stage]) + group * kGroupBytes);
             uint64_t weight = wgmma_descriptor(shared_address(smem.weight[at.stage]));
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kTileK / 16; ++k)
                 wgmma(sums, token + k * 2, weight + k * 2, step + k);
             wgmma_commit();
-            if (staggered && group == 0 && step == kLag - 1 && threadIdx.x % 32 == 0)
-                mbarrier_arrive(shared_address(&smem.turn));
+            if (staggered && group < kGroups - 1 && step == kLag - 1 && threadIdx.x % 32 == 0)
+                mbarrier_arrive(shared_address(&smem.turn[group]));
             if (step == 0) {
                 after_first();
             } else {
@@ -256,6 +291,7 @@ struct gemm_wgmma {
             before = at.stage;
             at.next();
         }
+        after_last();
         wgmma_wait<0>();
         release_stage(smem.read[before]);
     }
@@ -317,14 +353,16 @@ struct gemm_wgmma {
                 mbarrier_init(shared_address(&smem.landed[stage]), kGather ? kCopyThreads + 1 : 1);
                 mbarrier_init(shared_address(&smem.read[stage]), kMathThreads / 32);
             }
-            mbarrier_init(shared_address(&smem.turn), 4);
+#pragma unroll
+            for (uint64_t &turn : smem.turn)
+                mbarrier_init(shared_address(&turn), 4);
             fence_proxy_async();
         }
         __syncthreads();
     }
 
     // All tiles of this block. Problem: weights, tokens: the maps; box(col, part, rows) -> coordinates of half the
-    // weights of a tile; token_row(slot) -> pointer to the token row of a slot, NULL: zeros;
+    // weights of a tile; tokens(), token_stride(): of gathered rows;
     // write(smem, work, sums, weight of this thread's two rows); args, num_cols, k_size; kTaken: which
     // number behind num_tiles counts the items taken.
     template <class Problem>
@@ -337,61 +375,58 @@ struct gemm_wgmma {
         int32_t num_steps = (problem.k_size + kTileK - 1) / kTileK;
         position at;
         const list list(args, problem.num_cols);
-        uint32_t item = blockIdx.x, tile = 0;
-        work work = list.find(item), next = list.find(item + gridDim.x);
+        uint32_t tile = 0;
+        work work = list.find(blockIdx.x);
 
         if (threadIdx.x >= kMathThreads) {
             set_registers_fewer<kCopyRegisters>();
-            int32_t slot[kPasses];
+            const bool first = threadIdx.x == kMathThreads;
+            auto next = list.find(blockIdx.x + gridDim.x);
+            uint32_t item = blockIdx.x + 2 * gridDim.x;
+            int32_t slot[kHeld];
             load_slots(slot, work, problem);
-            item += 2 * gridDim.x;
             // items of this stage that are taken; align has set it to 0
             int32_t *taken = const_cast<int32_t *>(args.num_tiles) + Problem::kTaken;
-            for (; work.num_rows >= 0 && (kGather || threadIdx.x == kMathThreads); ++tile) {
-                if (threadIdx.x == kMathThreads) {
-                    smem.item[(tile + 2) % kItems] = item;
+            if (first) put_work(smem, 0, work);
+            for (; work.num_rows >= 0 && (kGather || first); ++tile) {
+                if (first) {
+                    put_work(smem, tile + 1, next);
+                    smem.item[tile % 2] = item;
                     item = kAhead * gridDim.x + atomicAdd(taken, 1);
                 }
                 if constexpr (kGather) producer_sync();
-                auto after = list.find(smem.item[(tile + 2) % kItems]);
+                auto after = list.find(smem.item[tile % 2]);
                 copy_tile(smem, at, work, slot, next, problem);
                 work = next;
                 next = after;
             }
         } else {
             set_registers_more<kMathRegisters>();
-            int32_t lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
-            float weight[2] = {1.0f, 1.0f}; // of this thread's two rows
-            int32_t slot[2];
             uint32_t turn = 0;
-            auto load_slot = [&](const auto &of) {
-                if (!args.topk_weights) return;
+            // What a tile is stays in shared memory: the sums leave few registers.
+            for (int32_t num_rows = work.num_rows; num_rows >= 0; ++tile) {
+                float sums[kSums], weight[2] = {1.0f, 1.0f}; // of this thread's two rows
+                int32_t slot[2];
+                auto load_slot = [&] {
+                    if (!args.topk_weights) return;
+                    const auto own = get_work(smem, tile);
+                    int32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    slot[half] = row + half * 8 < of.num_rows
-                                     ? args.sorted_token_ids[of.row_begin + row + half * 8]
-                                     : -1;
-            };
-            auto load_weight = [&](float(&to)[2]) {
-                if (!args.topk_weights) return;
+                    for (int half = 0; half < 2; ++half)
+                        slot[half] = row + half * 8 < own.num_rows
+                                         ? args.sorted_token_ids[own.row_begin + row + half * 8]
+                                         : -1;
+                };
+                auto load_weight = [&] {
+                    if (!args.topk_weights) return;
 #pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    to[half] = weight_of(slot[half], args);
-            };
-            load_slot(work);
-            load_weight(weight);
-            for (; work.num_rows >= 0; ++tile) {
-                mbarrier_wait(shared_address(&smem.landed[at.stage]), at.parity);
-                auto after = list.find(smem.item[(tile + 2) % kItems]);
-                float sums[kSums], next_weight[2] = {1.0f, 1.0f};
-                bool active = static_cast<int32_t>(threadIdx.x / 128 * 64) < work.num_rows;
-                if (!active) load_slot(next);
-                multiply(sums, smem, at, work.num_rows, num_steps, turn, [&] { load_slot(next); });
-                load_weight(next_weight);
-                if (active) problem.template write<gemm_wgmma>(smem, work, sums, weight);
-                weight[0] = next_weight[0], weight[1] = next_weight[1];
-                work = next;
-                next = after;
+                    for (int half = 0; half < 2; ++half)
+                        weight[half] = weight_of(slot[half], args);
+                };
+                multiply(sums, smem, at, num_rows, num_steps, turn, load_slot, load_weight);
+                if (static_cast<int32_t>(threadIdx.x / 128 * 64) < num_rows)
+                    problem.template write<gemm_wgmma>(smem, get_work(smem, tile), sums, weight);
+                num_rows = get_work(smem, tile + 1).num_rows;
             }
         }
     }
