@@ -4,30 +4,40 @@
     python benchmarks/bench_regret.py --random 200   layers of random sizes, multiples of 8
                                                      -> results/<gpu>_random.json
 
-The choices are the plans under each height of tile, with and without the kernels made for one
-architecture. Their graphs take turns, so that a change of the clock meets all of them; us is the
-median of a plan's turns. regret: chosen / best. model_us: fusedmoe/bench.py, model_us.
+A choice is the plan's own or a pair of rows of the table of variants with one height of tile. All
+pairs that are not hopeless are replayed once; those near the best then take turns with the plan's
+own, so that a change of the clock meets all of them: us is the median of a choice's turns. regret:
+chosen / best. model_us: fusedmoe/bench.py, model_us. All layers read the same random numbers, and
+every choice is held against the oracle before it is timed.
 Protocol and records otherwise: fusedmoe/bench.py.
 """
 
 import argparse
 import math
+import re
 import statistics
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from bench_layer import slug
-from fusedmoe import _C, bench, ops
+from fusedmoe import _C, bench, generate, ops, reference
 from fusedmoe.backend import backend
 from fusedmoe.models import BF16_MODELS, DTYPES, TOKENS, Model, add_arguments, chosen_points, model
 
 HERE = Path(__file__).resolve().parent
-HEIGHTS = (0, 16, 32, 64, 96, 128)  # 0: the plan's own
-TURNS = 7
+TURNS, FEW_TURNS = 7, 3  # below and from LONG_US
+LONG_US = 500
+NEAR = 1.12  # of the best: such choices take turns
+CHECKED_TOKENS = 3  # of every choice
+AHEAD = 12  # points whose oracle results are made beside the timing
 MOST_WEIGHTS = 150e6  # elements of one layer of random sizes
+LARGE_TILE = 96  # rows: never hopeless
+OWN = (-1, -1)  # the plan's own choice
+ROW = re.compile(r"moe_(gate_up|down)_(bf16|f16)_(\d+)x\d+(_any)?(?:_(\w+))?$")
 
 
 def random_points(count, seed=0):
@@ -49,60 +59,146 @@ def random_points(count, seed=0):
             yield sizes, round(log_uniform(1, 8192))
 
 
+def rows_of(stage, dtype):
+    """{height: [row of the table]} of the kernels for aligned tensors that need align."""
+    found = {}
+    for row, name in enumerate(_C.info()["kernels"]):
+        of = ROW.match(name)
+        if of and of[1] == stage and of[2] == dtype and not of[4] and of[5] != "sm90a_decode":
+            found.setdefault(int(of[3]), []).append(row)
+    return found
+
+
+class Numbers:
+    """Random numbers on the host and on the GPU that all layers share: the weights of two sets, and
+    token rows; from their beginning, as many as a layer has."""
+
+    def __init__(self, gpu, dtype, points, pool):
+        most = [max(math.prod(shape) for shape in shapes) for shapes in zip(*points, strict=True)]
+        full = DTYPES[dtype]
+        jobs = [
+            pool.submit(generate.normal, (size,), full, scale, (i, j))
+            for i, (size, scale) in enumerate(zip(most, (1.0, 0.03, 0.05), strict=True))
+            for j in range(1 if i == 0 else 2)
+        ]
+        x, *weights = [job.result() for job in jobs]
+        self.dtype, self.x, self.w13, self.w2 = full, x, weights[:2], weights[2:]
+        self.on_gpu = [[gpu.put(array) for array in arrays] for arrays in (self.w13, self.w2)]
+
+    @staticmethod
+    def shapes(sizes, num_tokens):
+        hidden, inner, experts, _ = sizes
+        return (num_tokens, hidden), (experts, 2 * inner, hidden), (experts, hidden, inner)
+
+
 class Choices(bench.Layer):
-    def plans(self, num_tokens):
-        """{(portable, height): text}, each text once, the plan's own choice first."""
-        found = {}
-        for portable in (False, True):
-            for height in HEIGHTS:
-                _C._restrict_plans(portable, height)
-                try:
-                    text = bench.plan_text(self.plan(num_tokens))
-                except (ValueError, NotImplementedError):
-                    continue
-                if text not in found.values():
-                    found[portable, height] = text
-        _C._restrict_plans(False, 0)
-        return found
+    """One layer on the shared numbers, at one batch size."""
 
-    def plan(self, num_tokens):
+    def __init__(self, gpu, name, dtype, sizes, num_tokens, numbers, pool):
+        self.backend, self.name, self.sizes, self.dtype = gpu, name, sizes, dtype
+        self.seed, self.pool, self.wanted, self.num_tokens = 0, pool, {}, num_tokens
+        shapes = numbers.shapes(sizes, num_tokens)
+        flat = numbers.x, numbers.w13[0], numbers.w2[0]
+        self.x, *self.host = (
+            array[: math.prod(shape)].reshape(shape)
+            for array, shape in zip(flat, shapes, strict=True)
+        )
+        w13, w2 = numbers.on_gpu
+        self.weights = [
+            [t.buffer.view(s, numbers.dtype) for t, s in zip(pair, shapes[1:], strict=True)]
+            for pair in zip(w13, w2, strict=True)
+        ]
+        self.expect(num_tokens)
+
+    def oracle(self, num_tokens, case="uniform"):
+        tokens = bench.sampled(num_tokens, CHECKED_TOKENS)
+        arguments = self.x, *self.host, *self.routing(num_tokens, case, 0)
+        return tokens, *reference.fused_experts_error(*arguments, tokens=tokens), None
+
+    def plan(self, choice):
+        """What the choice runs, as text."""
+        _C._fix_plans(*choice)
         dtype = DTYPES[self.dtype]
-        return ops.plan(num_tokens, *self.sizes, dtype=dtype, device=self.backend.name)
+        plan = ops.plan(self.num_tokens, *self.sizes, dtype=dtype, device=self.backend.name)
+        return bench.plan_text(plan)
 
-    def compare(self, num_tokens, case):
-        """The record of one point; RuntimeError where a result is wrong."""
-        replays, plans = {}, self.plans(num_tokens)
-        for choice in plans:
-            _C._restrict_plans(*choice)
-            calls, out, distinct = self._calls(num_tokens, "uniform")
+    def pairs(self):
+        """Rows of gate_up with the first row of down of their height, and the other way round."""
+        experts = bench.distinct_experts(self.sizes, self.num_tokens)
+        rows = self.num_tokens * self.sizes.topk / experts
+        up, down = (rows_of(stage, self.dtype.replace("fp", "f")) for stage in ("gate_up", "down"))
+        for height in sorted(up):
+            if height <= max(32, 8 * rows) and (rows <= 8 * height or height >= LARGE_TILE):
+                for pair in [(row, down[height][0]) for row in up[height]] + [
+                    (up[height][0], row) for row in down[height][1:]
+                ]:
+                    yield height, pair
+
+    def prepare(self, choice, calls, out, wanted):
+        """Its replay function; RuntimeError where its result is wrong."""
+        _C._fix_plans(*choice)
+        try:
             calls[0]()
-            report, _ = self.check(num_tokens, out)
-            replays[choice] = self.backend.prepare(calls)
-            replays[choice](bench.WARM_REPLAYS)
-        _C._restrict_plans(False, 0)
-        times = {choice: [] for choice in plans}
-        for _ in range(TURNS):
-            for choice, replay in replays.items():
-                times[choice] += replay(1)
+            self.wanted[self.num_tokens, "uniform"] = wanted
+            report, _ = self.check(self.num_tokens, out)
+            return self.backend.prepare(calls), report
+        finally:
+            _C._fix_plans(*OWN)
+
+    def compare(self, case):
+        """The record of the point."""
+        calls, out, distinct = self._calls(self.num_tokens, "uniform")
+        wanted = self.wanted.pop((self.num_tokens, "uniform"))
+        replays, quick, own_plan = {}, {}, self.plan(OWN)
+
+        def add(choice):
+            replays[choice], report = self.prepare(choice, calls, out, wanted)
+            quick[choice] = replays[choice](2)[1]
+            return report
+
+        report = add(OWN)
+        heights = {}
+        for height, pair in self.pairs():
+            add(pair)
+            heights.setdefault(height, []).append(pair)
+        for pairs in heights.values():  # the best of each stage together
+            down = pairs[0][1]
+            up = min((pair for pair in pairs if pair[1] == down), key=quick.get)[0]
+            same_up = [pair for pair in pairs if pair[0] == pairs[0][0]]
+            both = up, min(same_up, key=quick.get)[1]
+            if both not in quick:
+                add(both)
+        plans = {choice: self.plan(choice) for choice in quick}
+        _C._fix_plans(*OWN)
+        near = NEAR * min(quick.values())
+        times = {
+            choice: [] for choice, us in quick.items()
+            if choice == OWN or (us <= near and plans[choice] != own_plan)
+        }  # fmt: skip
+        for _ in range(TURNS if quick[OWN] < LONG_US else FEW_TURNS):
+            for choice in times:
+                times[choice] += replays[choice](1)
         us = {choice: statistics.median(of) for choice, of in times.items()}
-        chosen, best = next(iter(plans)), min(us, key=us.get)
-        expected = bench.model_us(self.sizes, num_tokens, distinct, *bench.rates(self.backend))
+        best = min(us, key=us.get)
+        expected = bench.model_us(self.sizes, self.num_tokens, distinct, *bench.rates(self.backend))
+        all_us = {plans[choice]: round({**quick, **us}[choice], 2) for choice in quick}
+        all_us[own_plan] = round(us[OWN], 2)
         return {
             "op": "layer",
             "case": case,
             "dtype": self.dtype,
             "model": self.name,
             **self.sizes._asdict(),
-            "num_tokens": num_tokens,
-            "us": round(us[chosen], 2),
-            "us_min": round(min(times[chosen]), 2),
-            "us_max": round(max(times[chosen]), 2),
+            "num_tokens": self.num_tokens,
+            "us": round(us[OWN], 2),
+            "us_min": round(min(times[OWN]), 2),
+            "us_max": round(max(times[OWN]), 2),
             "model_us": round(expected, 2),
-            "plan": plans[chosen],
+            "plan": own_plan,
             "best_us": round(us[best], 2),
             "best_plan": plans[best],
-            "regret": round(us[chosen] / us[best], 3),
-            "choices": {plans[choice]: round(us[choice], 2) for choice in plans},
+            "regret": round(us[OWN] / us[best], 3),
+            "choices": all_us,
             "rel_rms": float(f"{report.rel_rms:.3g}"),
         }
 
@@ -117,12 +213,28 @@ def show(record):
     )
 
 
+def measure(gpu, layers, dtype, case, pool, seconds=math.inf):
+    """Yields the record of each (name, sizes, num_tokens), as long as the time lasts."""
+    end = time.perf_counter() + seconds
+    numbers = Numbers(gpu, dtype, [Numbers.shapes(*layer[1:]) for layer in layers], pool)
+    ahead, left = deque(), iter(layers)
+    while time.perf_counter() < end:
+        for name, *point in left:
+            ahead.append(Choices(gpu, name, dtype, *point, numbers, pool))
+            if len(ahead) > AHEAD:
+                break
+        if not ahead:
+            break
+        yield ahead.popleft().compare(case)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_arguments(parser, BF16_MODELS, TOKENS)
     parser.add_argument("--random", type=int, default=0, help="layers of random sizes")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="no new point after these")
     parser.add_argument("--device", type=int, default=0, help="index of the GPU")
     parser.add_argument("--json", type=Path, help="record file; default by GPU")
     parser.add_argument("--commit", help="of the sources, where this copy of them has no git")
@@ -134,18 +246,16 @@ def main():
     path = args.json or HERE / "results" / f"{slug(head['gpu'])}_{case}.json"
     print(f"{gpu.text}, driver {head['driver']}, CUDA {head['cuda']}, commit {head['commit']}")
     if args.random:
-        layers = [(None, sizes, [tokens]) for sizes, tokens in random_points(args.random)]
+        layers = [(None, *point) for point in random_points(args.random)]
     else:
         models, tokens = chosen_points(args)
-        layers = [(name, model(name), tokens) for name in models]
-    begin, records, pool = time.perf_counter(), [], ThreadPoolExecutor(4)
-    for name, sizes, tokens in layers:
-        layer = Choices(gpu, name, args.dtype, max(tokens), pool=pool, sizes=sizes)
-        for num_tokens in tokens:
-            records.append(layer.compare(num_tokens, case))
-            show(records[-1])
-        bench.write_records(path, head, records)
-        del layer
+        layers = [(name, model(name), count) for name in models for count in tokens]
+    begin, records, pool = time.perf_counter(), [], ThreadPoolExecutor(8)
+    for record in measure(gpu, layers, args.dtype, case, pool, args.seconds):
+        records.append(record)
+        show(record)
+    pool.shutdown(cancel_futures=True)
+    bench.write_records(path, head, records)
     regrets = [record["regret"] for record in records]
     mean = math.exp(statistics.mean(map(math.log, regrets)))
     within = 100 * sum(regret <= 1.1 for regret in regrets) / len(regrets)

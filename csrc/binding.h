@@ -105,10 +105,11 @@ typedef struct module_state {
     PyObject *experts_type, *buffer_type, *abstract_type;
     /* Touched with the GIL held only, and copied out before it is released. */
     moe_plan_cache plans;
-    int portable_kernels;    /* _restrict_plans: no kernel made for one architecture alone */
-    int plan_tile_rows;      /* and only GEMM variants of this height; 0: all */
-    int plan_apart;          /* and no gate_up and down in one launch */
-    int64_t workspace_limit; /* FUSEDMOE_WORKSPACE_LIMIT or the default */
+    int portable_kernels;        /* _restrict_plans: no kernel made for one architecture alone */
+    int plan_tile_rows;          /* and only GEMM variants of this height; 0: all */
+    int plan_gate_up, plan_down; /* _fix_plans: 1 + the row of the table; 0: all */
+    int plan_apart;              /* and no gate_up and down in one launch */
+    int64_t workspace_limit;     /* FUSEDMOE_WORKSPACE_LIMIT or the default */
 } module_state;
 
 /* The one place where a Python exception is raised; always NULL. */
@@ -127,6 +128,8 @@ static inline void restrict_plans(const module_state *state, moe_device_info *in
     if (state->portable_kernels) info->hopper = 0;
     info->tile_rows = state->plan_tile_rows;
     info->apart = state->plan_apart;
+    info->gate_up_row = state->plan_gate_up;
+    info->down_row = state->plan_down;
 }
 
 /* ---- parse.c --------------------------------------------------------------------------------- */

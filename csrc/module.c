@@ -569,6 +569,19 @@ static PyObject *py_restrict_plans(PyObject *module, PyObject *args)
     return Py_NewRef(Py_None);
 }
 
+/* _fix_plans(gate_up, down): the same for rows of gemm_variants.def, which have one height; -1: the plan's choice,
+ * both -2: the kernels of decode wherever they can. */
+static PyObject *py_fix_plans(PyObject *module, PyObject *args)
+{
+    module_state *state = PyModule_GetState(module);
+    int gate_up = -1, down = -1;
+    if (!PyArg_ParseTuple(args, "ii:_fix_plans", &gate_up, &down)) return NULL;
+    state->plan_gate_up = gate_up + 1;
+    state->plan_down = down + 1;
+    memset(&state->plans, 0, sizeof state->plans);
+    return Py_NewRef(Py_None);
+}
+
 /* ---- devices and facts ----------------------------------------------------------------------- */
 
 static int parse_device(module_state *state, PyObject *const *args, Py_ssize_t nargs,
@@ -709,6 +722,9 @@ static PyMethodDef METHODS[] = {
      "(portable, tile_rows, apart=False): plans take no kernel made for one architecture; only "
      "this "
      "height; gate_up and down in launches of their own."},
+    {"_fix_plans", py_fix_plans, METH_VARARGS,
+     "(gate_up, down): plans take these rows of the table of variants; -1: their own choice; both "
+     "-2: the kernels of decode wherever they can."},
     {"_routing_methods", py_routing_methods, METH_NOARGS,
      "The knobs of the routing methods, by name; see fusedmoe.routing."},
     {"_cpu_read_bandwidth", py_cpu_read_bandwidth, METH_NOARGS,

@@ -189,6 +189,8 @@ typedef struct moe_device_info {
     int32_t hopper;         /* 1: runs the kernels made for sm_90a */
     int32_t tile_rows;      /* tests: only variants of this height, where there are any; 0: all */
     int32_t apart;          /* tests: 1: gate_up and down in launches of their own */
+    int32_t gate_up_row;    /* tests: 1 + the row of gemm_variants.def, no other; 0: all; */
+    int32_t down_row;       /* the same; both -1: the kernels of decode wherever they can */
     int32_t smem_per_block; /* bytes, opt-in maximum */
     int32_t smem_per_sm;    /* bytes */
     int64_t l2_bytes;

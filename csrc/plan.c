@@ -55,8 +55,6 @@ static const struct {
 #include "../kernels/route_variants.def"
 };
 
-enum { LEAST_SWAP_ROWS = 5 }; /* expected rows of an expert: in_band() */
-
 enum { NUM_VARIANTS = sizeof VARIANTS / sizeof *VARIANTS, SMALLEST_TILE_ROWS = 16 };
 
 const char *moe_variant_name(int32_t row)
@@ -149,23 +147,29 @@ static double distinct_experts(const moe_problem *p, int64_t num_tokens)
     return p->num_experts * (1.0 - pow(1.0 - share, (double)num_tokens));
 }
 
-/* Expected tiles of `tile_rows` rows over `experts` experts with about Poisson many rows, `mean` on average. */
-static double expected_tiles(double experts, double mean, int32_t tile_rows)
-{
-    double tiles = 1.0, spread = sqrt(mean);
-    if (mean > 16.0 * tile_rows) return experts * (mean / tile_rows + 0.5);
-    for (int j = 1; j * tile_rows < mean + 5.0 * spread + tile_rows;
-         ++j) /* P(rows > j * tile_rows) */
-        tiles += 0.5 * erfc((j * tile_rows + 0.5 - mean) / (spread * 1.41421356 + 1e-9));
-    return experts * tiles;
-}
-
 /* One grouped GEMM: weight_rows x depth weights per expert over num_slots rows. */
 typedef struct gemm_shape {
-    double experts, rows_per_expert;
+    double experts, rows_per_expert, row_spread; /* row_spread: their standard deviation */
     int64_t weight_rows, depth, element_bytes,
         row_bytes; /* row_bytes: read and written per row beside the weights */
 } gemm_shape;
+
+/* Expected tiles of `tile_rows` rows: the rows of an expert are about normally distributed. */
+static double expected_tiles(const gemm_shape *s, int32_t tile_rows)
+{
+    const double mean = s->rows_per_expert;
+    double tiles = 1.0;
+    if (mean > 16.0 * tile_rows) return s->experts * (mean / tile_rows + 0.5);
+    for (int j = 1; j * tile_rows < mean + 5.0 * s->row_spread + tile_rows;
+         ++j) /* P(rows > j * tile_rows) */
+        tiles += 0.5 * erfc((j * tile_rows + 0.5 - mean) / (s->row_spread * 1.41421356 + 1e-9));
+    return s->experts * tiles;
+}
+
+static double weight_bytes(const gemm_shape *s)
+{
+    return s->experts * (double)s->weight_rows * (double)s->depth * (double)s->element_bytes;
+}
 
 /* The same for a variant of sm90a: every SM walks over its share of the tiles, one at a time. Fitted to the stage
  * times in docs/notes/hopper_kernels.md, then made as much too slow as variant_us is on average: only the comparison
@@ -175,7 +179,7 @@ static double persistent_us(const variant *v, const gemm_shape *s, const moe_dev
     const double start_us = 3.0,       /* launch, first bytes of the ring, the last epilogue */
         tile_us = 2.3 * v->cols / 256, /* the part of an epilogue that nothing hides */
         mma_share = 0.84;              /* of the device's matrix rate */
-    double tiles = expected_tiles(s->experts, s->rows_per_expert, v->rows);
+    double tiles = expected_tiles(s, v->rows);
     double share = tiles * (double)ceil_div(s->weight_rows, v->cols) / d->num_sms;
     share = share < 8.0 ? ceil(share) : share + 0.5;
     /* shared memory: both warpgroups read all of the weights; at 128 x 256 that takes as long as the math, and what is
@@ -190,57 +194,81 @@ static double persistent_us(const variant *v, const gemm_shape *s, const moe_dev
     return fmax(compute_us, stream_bytes / (0.8 * d->read_bytes_per_us) + start_us);
 }
 
-/* Microseconds a variant is expected to need. Three bounds: the memory stream; the waves of thread blocks, each of which
- * pays for filling its ring and then runs at the matrix rate or at the SM's share of L2; a launch. */
+/* The same for a variant of mma.sync: the memory stream, or the waves of thread blocks, each of which fills its ring and
+ * then runs at what one block alone or the SM's share of the matrix rate or of L2 allows. Down waits for a step of few
+ * stages longer. */
 static double variant_us(const variant *v, const gemm_shape *s, const moe_device_info *d)
 {
-    const double fill_us = 1.3;    /* first bytes of a cold ring, and the epilogue */
-    const double mma_share = 0.52; /* mma.sync against the device's matrix rate, large tiles */
-    const double l2_bytes_per_us_sm = 4.4e4; /* with every SM busy */
-    double tiles = expected_tiles(s->experts, s->rows_per_expert, v->rows);
-    double blocks = tiles * (double)ceil_div(s->weight_rows, v->cols);
-    int32_t by_smem = d->smem_per_sm / (v->smem_bytes + 1024), by_threads = 2048 / v->threads;
-    int32_t by_registers = v->rows * v->cols >= 128 * 256   ? 1
-                           : v->rows * v->cols >= 128 * 128 ? 2
-                                                            : 8;
-    double resident = fmax(1.0, fmin(by_smem, fmin(by_threads, by_registers)));
-    double per_sm = fmin(resident, ceil(blocks / d->num_sms));
+    const bool down = v->stage == STAGE_down;
+    const double start_us = 2.3, fill_us = down ? 1.4 : 2.4, wait_us = down ? 0.46 : 0.0,
+                 result_us = 0.36 / 8192, k_us = 0.067 / 64, alone_share = 0.3, stream_share = 0.92,
+                 row_times = 2.7, l2_bytes_per_us_sm = 1.2e5;
+    const double mma_share = v->rows >= 128  ? 0.63
+                             : v->rows >= 64 ? 0.43
+                             : v->rows >= 32 ? 0.23
+                                             : 0.13;              /* of the device's matrix rate */
+    const double load_share = v->align_bytes >= 16 ? 1.0 : 0.044; /* elements, not 16 bytes */
+    const double sm_flops_per_us = d->flops_per_us / d->num_sms;
+    const double blocks = expected_tiles(s, v->rows) * (double)ceil_div(s->weight_rows, v->cols);
+    const int32_t by_smem = d->smem_per_sm / (v->smem_bytes + 1024), by_threads = 2048 / v->threads;
+    const int32_t by_registers = v->rows * v->cols >= 128 * 128 ? 2 : 8;
+    const double resident = fmax(1.0, fmin(by_smem, fmin(by_threads, by_registers)));
+    const double per_sm = fmin(resident, ceil(blocks / d->num_sms));
     double waves = blocks / (d->num_sms * per_sm);
     if (waves < 4.0) waves = ceil(waves); /* later waves fill in behind each other */
-    double steps = (double)ceil_div(s->depth, v->k);
-    double flops = 2.0 * v->rows * v->cols * v->k,
-           bytes = (double)(v->rows + v->cols) * v->k * (double)s->element_bytes;
-    double tile_share = v->rows >= 128 ? 1.0 : v->rows >= 64 ? 0.8 : v->rows >= 32 ? 0.6 : 0.45;
-    double load_share =
-        v->align_bytes >= 16 ? 1.0 : 0.12; /* single elements instead of 16-byte copies */
-    double step_us = fmax(flops / (d->flops_per_us / d->num_sms * mma_share * tile_share),
-                          bytes / (l2_bytes_per_us_sm * load_share));
-    double compute_us = waves * (fill_us + steps * per_sm * step_us);
-    double stream_bytes =
-        s->experts * (double)s->weight_rows * (double)s->depth * (double)s->element_bytes +
-        s->experts * s->rows_per_expert * (double)s->row_bytes;
-    /* bytes in flight decide how much of the stream the resident blocks can draw: Little's law at about 0.9 us */
-    double in_flight = fmin(blocks, per_sm * d->num_sms) * (double)(v->stages - 1) * v->cols *
-                       v->k * (double)s->element_bytes;
-    double stream_us = stream_bytes / fmin(0.93 * d->read_bytes_per_us, in_flight / 0.9) + 2.0;
-    return fmax(compute_us, stream_us);
+    const double flops = 2.0 * v->rows * v->cols * v->k,
+                 bytes = (double)(v->rows + v->cols) * v->k * (double)s->element_bytes;
+    const double alone_us =
+        wait_us / (v->stages - 1) + k_us * v->k + flops / (sm_flops_per_us * alone_share);
+    const double step_us = fmax(alone_us, per_sm * fmax(flops / (sm_flops_per_us * mma_share),
+                                                        bytes / (l2_bytes_per_us_sm * load_share)));
+    const double compute_us = waves * (fill_us + per_sm * v->rows * v->cols * result_us +
+                                       (double)ceil_div(s->depth, v->k) * step_us);
+    const double stream_bytes =
+        weight_bytes(s) + row_times * s->experts * s->rows_per_expert * (double)s->row_bytes;
+    return fmax(compute_us, stream_bytes / (stream_share * d->read_bytes_per_us) + start_us);
 }
 
-/* The same for a variant of sm90a_swap: the weights once from memory, and again from L2 for each further tile of an
- * expert; what an item costs beside them; the end, where the last items are under way alone; rows of
- * the tile, which take the ring's place. Fitted to docs/notes/mid_kernels.md. */
+/* Persistent blocks that take what memory gives: bytes, and the end, where the last items are under way alone. */
+static double stream_us(const variant *v, const gemm_shape *s, double bytes,
+                        const moe_device_info *d)
+{
+    const double start_us = 3.0, rate_share = 0.965, end_share = 0.093;
+    const double end_bytes =
+        (double)(ceil_div(s->depth, v->k) * v->k * v->cols) * (double)s->element_bytes * d->num_sms;
+    return start_us + (bytes / rate_share + end_share * end_bytes) / d->read_bytes_per_us;
+}
+
+/* The same for a variant of sm90a_swap: the items of each SM in turn; or the weights once from memory and again from L2 for
+ * each further tile of an expert. */
 static double swap_us(const variant *v, const gemm_shape *s, const moe_device_info *d)
 {
-    const double start_us = 2.0, item_us = 0.1, end_share = 0.3, row_us = 0.25;
-    const double tiles = expected_tiles(s->experts, s->rows_per_expert, v->rows);
-    const double once = (double)s->weight_rows * (double)s->depth * (double)s->element_bytes;
-    const double bytes = s->experts * (once + s->rows_per_expert * (double)s->row_bytes) +
-                         0.8 * (tiles - s->experts) * once;
-    const double items = tiles * (double)ceil_div(s->weight_rows, v->cols);
-    const double item_bytes = (double)v->cols * (double)s->depth * (double)s->element_bytes;
-    const double rate = 0.93 * d->read_bytes_per_us;
-    return start_us + bytes / rate + items / d->num_sms * item_us +
-           end_share * item_bytes * d->num_sms / rate + row_us * (v->rows - 32);
+    const double fill_us = 1.6, item_us = 1.0, result_us = 0.31 / 8192, half = 0.6,
+                 mma_share = 0.55, l2_bytes_per_us_sm = 8e4, again = 0.33, row_times = 1.2;
+    const double tiles = expected_tiles(s, v->rows), all_rows = s->experts * s->rows_per_expert;
+    const double rows = fmin(v->rows, all_rows / tiles); /* of a tile, on average */
+    double items = tiles * (double)ceil_div(s->weight_rows, v->cols) / d->num_sms;
+    items = items < 4.0 ? ceil(items) : items + half;
+    const double step_us =
+        fmax(2.0 * v->rows * v->cols * v->k / (d->flops_per_us / d->num_sms * mma_share),
+             (rows + v->cols) * v->k * (double)s->element_bytes / l2_bytes_per_us_sm);
+    const double compute_us = fill_us + items * ((double)ceil_div(s->depth, v->k) * step_us +
+                                                 item_us + rows * v->cols * result_us);
+    const double bytes = weight_bytes(s) * (1.0 + again * (tiles / s->experts - 1.0)) +
+                         row_times * all_rows * (double)s->row_bytes;
+    /* items and rows cost a little, too, where memory is what takes time */
+    return fmax(compute_us, stream_us(v, s, bytes, d)) + 0.04 * items + 0.03 * (v->rows - 32);
+}
+
+/* What the kernels are compared by; fitted to measurements of one kind beside the other, docs/notes/plan.md. */
+static double gemm_us(const variant *v, const gemm_shape *s, const moe_device_info *d)
+{
+    if (v->arch == ARCH_sm90a_swap) return swap_us(v, s, d);
+    if (v->arch == ARCH_sm80) return variant_us(v, s, d);
+    const double padded = (double)(ceil_div(s->weight_rows, v->cols) * v->cols);
+    const double us =
+        persistent_us(v, s, d) * 0.867 * (1.0 + 0.48 * (padded / (double)s->weight_rows - 1.0));
+    return fmax(us, stream_us(v, s, weight_bytes(s), d) + 0.03 * (v->rows - 32));
 }
 
 static bool usable(const variant *v, int32_t stage, const moe_problem *p, const moe_device_info *d)
@@ -258,15 +286,13 @@ static int32_t most_swap_rows(const moe_problem *p, const moe_device_info *d)
     return tiles < d->num_sms ? 72 : 48;
 }
 
-/* Whether kernels of this kind are for so many rows an expert: sm90a_swap where it was measured to be the fastest
- * (docs/notes/mid_kernels.md), what is left where it is not. */
-static bool in_band(int32_t arch, const moe_problem *p, const moe_device_info *d, double rows)
+/* Whether the plan may choose it: on Hopper mma.sync with tiles of 64 rows and more was the fastest nowhere. */
+static bool allowed(int32_t row, int32_t stage, const moe_problem *p, const moe_device_info *d)
 {
-    if (!d->hopper || p->vector_bytes < 16) return true;
-    const int32_t most = most_swap_rows(p, d);
-    const bool swap = rows >= LEAST_SWAP_ROWS && rows <= most;
-    if (arch == ARCH_sm90a) return rows > most;
-    return (arch == ARCH_sm90a_swap) == swap;
+    const variant *v = &VARIANTS[row];
+    const int32_t only = stage == MOE_OP_GATE_UP ? d->gate_up_row : d->down_row;
+    if (only > 0 || d->tile_rows) return only <= 0 || only == row + 1;
+    return !(d->hopper && p->vector_bytes >= 16 && v->arch == ARCH_sm80 && v->rows >= 64);
 }
 
 static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem *p,
@@ -275,18 +301,10 @@ static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem 
     int32_t best = -1;
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
         if (VARIANTS[i].rows != tile_rows || VARIANTS[i].arch == ARCH_sm90a_decode ||
-            !usable(&VARIANTS[i], stage, p, d))
+            !usable(&VARIANTS[i], stage, p, d) || !allowed(i, stage, p, d))
             continue;
-        const int32_t arch = VARIANTS[i].arch;
-        if (d->tile_rows == 0 && !in_band(arch, p, d, s->rows_per_expert)) continue;
-        /* wgmma was faster than mma.sync with tiles of the same height wherever both were measured */
-        const bool wgmma = arch != ARCH_sm80;
-        const bool better = best >= 0 && wgmma && VARIANTS[best].arch == ARCH_sm80;
-        if (best >= 0 && !wgmma && VARIANTS[best].arch != ARCH_sm80) continue;
-        const double cost = arch == ARCH_sm90a        ? persistent_us(&VARIANTS[i], s, d)
-                            : arch == ARCH_sm90a_swap ? swap_us(&VARIANTS[i], s, d)
-                                                      : variant_us(&VARIANTS[i], s, d);
-        if (best < 0 || better || cost < *us) {
+        const double cost = gemm_us(&VARIANTS[i], s, d);
+        if (best < 0 || cost < *us) {
             best = i;
             *us = cost;
         }
@@ -469,30 +487,19 @@ static int choose_chunk(moe_plan *plan, moe_error *err)
 
 /* ------------------------------------------------------------------------------------------------ */
 
-/* Measured on an H100: above sm90a_swap a layer with wgmma takes 0.93 to 1.0 of the time with mma.sync, or less. Where its
- * tiles are too few for most of the SMs, the cost model decides. */
-static bool fills_with_wgmma(int32_t up_row, int32_t down_row, const gemm_shape *gate_up,
-                             const moe_device_info *d)
-{
-    const variant *up = &VARIANTS[up_row];
-    if (up->arch != ARCH_sm90a || VARIANTS[down_row].arch != ARCH_sm90a) return false;
-    const double tiles = expected_tiles(gate_up->experts, gate_up->rows_per_expert, up->rows);
-    return tiles * (double)ceil_div(gate_up->weight_rows, up->cols) >= 0.7 * d->num_sms;
-}
-
 static int choose_gemms(moe_plan *plan, const moe_device_info *d, const gemm_shape *gate_up,
                         const gemm_shape *down, moe_error *err)
 {
     const moe_problem *p = &plan->problem;
     double best = INFINITY;
-    bool preferred = false; /* the best one so far is of device.tile_rows, or of wgmma */
+    bool preferred = false;                      /* the best one so far is of device.tile_rows */
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) { /* every tile height that some variant has */
         double up_us = 0, down_us = 0;
         int32_t rows = VARIANTS[i].rows;
         int32_t up_row = best_variant(MOE_OP_GATE_UP, rows, p, d, gate_up, &up_us);
         int32_t down_row = best_variant(MOE_OP_DOWN, rows, p, d, down, &down_us);
         if (up_row < 0 || down_row < 0) continue;
-        if (d->tile_rows ? rows == d->tile_rows : fills_with_wgmma(up_row, down_row, gate_up, d)) {
+        if (d->tile_rows && rows == d->tile_rows) {
             if (!preferred) best = INFINITY;
             preferred = true;
         } else if (preferred) {
@@ -520,16 +527,19 @@ static bool join_gemms(moe_plan *plan, const moe_device_info *d, const gemm_shap
 {
     const moe_problem *p = &plan->problem;
     const double rows = gate_up->rows_per_expert;
-    if (d->apart || !is_layer(p) || (!d->tile_rows && rows > most_swap_rows(p, d))) return false;
-    int32_t height = plan->tile_rows;
-    if (VARIANTS[plan->gate_up.variant].arch != ARCH_sm90a_swap ||
-        VARIANTS[plan->down.variant].arch != ARCH_sm90a_swap) {
+    if (d->apart || d->gate_up_row || d->down_row || !is_layer(p)) return false;
+    if (!d->tile_rows && rows > most_swap_rows(p, d)) return false;
+    const int32_t height = d->tile_rows   ? plan->tile_rows
+                           : rows <= 20.0 ? 32
+                           : rows <= 48.0 ? 64
+                                          : 96;
+    if (!d->tile_rows && (VARIANTS[plan->gate_up.variant].arch != ARCH_sm90a_swap ||
+                          VARIANTS[plan->down.variant].arch != ARCH_sm90a_swap)) {
         const double bytes = gate_up->experts * 2.0 *
                              ((double)gate_up->weight_rows * (double)gate_up->depth +
                               (double)down->weight_rows * (double)down->depth);
         const double items = gate_up->experts * (double)ceil_div(gate_up->weight_rows, 128);
-        if (d->tile_rows || p->num_tokens <= 8 || bytes < 100e6 || items < d->num_sms) return false;
-        height = rows <= 20.0 ? 32 : rows <= 48.0 ? 64 : 96;
+        if (p->num_tokens <= 8 || bytes < 100e6 || items < d->num_sms) return false;
     }
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
         if (VARIANTS[i].rows != height || !usable(&VARIANTS[i], STAGE_experts, p, d)) continue;
@@ -559,11 +569,27 @@ static int32_t decode_variant(int32_t stage, int64_t tokens, int32_t cols, const
     return best;
 }
 
-/* Microseconds of two launches that stream `bytes` (a fit of what the memory alone needs, within 3 %), and the start and
- * end of a chain of two. */
-static double decode_us(double bytes, const moe_device_info *d)
+/* Microseconds of both launches. gate_up: the stream, or the items of each SM, after every SM has read all token rows. down:
+ * the stream, or the copies of a thread block, which reads its columns of all experts, after the intermediate. */
+static double decode_us(const gemm_shape *gate_up, const gemm_shape *down, double tokens,
+                        int32_t cols, double copies, const moe_device_info *d)
 {
-    return bytes / (0.96 * d->read_bytes_per_us) + 4.5 - 1.5 * exp(-bytes / 60e6);
+    const double start_us = tokens > 8 ? 5.4 : 4.6, token_us = 0.05, copy_us = 0.16,
+                 panel_rate = 3.4e4, down_panel_rate = 1.6e4, item_rate = 1.7e5,
+                 copy_rate = 9.1e4; /* bytes per us */
+    const double rate = 0.956 * d->read_bytes_per_us, bytes = (double)down->element_bytes;
+    const double items = gate_up->experts * (double)ceil_div(gate_up->weight_rows, 16),
+                 item_bytes = 16.0 * (double)gate_up->depth * bytes,
+                 rounds = (double)ceil_div(ceil_div(down->weight_rows, cols), d->num_sms);
+    const double up_us =
+        fmax(items * item_bytes / rate, ceil(items / d->num_sms) * item_bytes / item_rate) +
+        tokens * (double)gate_up->depth * bytes / panel_rate;
+    const double down_us =
+        fmax(weight_bytes(down) / rate,
+             rounds * down->experts *
+                 (copies * copy_us + (double)down->depth * cols * bytes / copy_rate)) +
+        down->experts * down->rows_per_expert * (double)down->depth * bytes / down_panel_rate;
+    return start_us + tokens * token_us + up_us + down_us;
 }
 
 /* Each kernel takes what it can use of the shared memory of an SM. Measured: six stages of gate_up's ring are as good as any
@@ -587,8 +613,9 @@ static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_s
 {
     const moe_problem *p = &plan->problem;
     const int64_t tokens = p->num_tokens, slots = tokens * p->topk;
-    if (d->tile_rows != 0 || !is_layer(p) || p->combine != MOE_COMBINE_SUM ||
-        plan->num_chunks != 1 || p->vector_bytes < 16 || slots > MOE_DECODE_SLOTS)
+    if (d->tile_rows || d->gate_up_row > 0 || d->down_row > 0 || !is_layer(p) ||
+        p->combine != MOE_COMBINE_SUM || plan->num_chunks != 1 || p->vector_bytes < 16 ||
+        slots > MOE_DECODE_SLOTS)
         return false;
     /* measured: above 8 tokens it gains only where the rows of an expert are several */
     if (tokens > 8 && gate_up->rows_per_expert < 1.5) return false;
@@ -603,8 +630,9 @@ static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_s
     const int64_t pieces =
         p->intermediate_size / MOE_MAP_COLS > 0 ? p->intermediate_size / MOE_MAP_COLS : 1;
     const int32_t box = (int32_t)ceil_div(pieces, ceil_div(pieces, LOW_COPY_BYTES / piece));
-    const int64_t all_copies = (int64_t)(down->experts + 0.5) *
-                               (ceil_div(pieces, box) + (p->intermediate_size % MOE_MAP_COLS != 0));
+    const int64_t expert_copies =
+        ceil_div(pieces, box) + (p->intermediate_size % MOE_MAP_COLS != 0);
+    const int64_t all_copies = (int64_t)(down->experts + 0.5) * expert_copies;
     const bool small_copies = box * piece < LOW_STAGE_BYTES;
     const int32_t copies = (int32_t)min64(ceil_div(LOW_STAGE_BYTES, box * piece),
                                           ceil_div(all_copies, MOE_DECODE_MATH_WARPS));
@@ -630,9 +658,10 @@ static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_s
         (low_stages < 2 && ceil_div(all_copies, copies) > 1))
         return false;
 
-    const double us = decode_us(up_bytes + low_bytes, d);
-    const double others = plan->gate_up.us + plan->down.us + 5.0; /* align, combine */
-    if (us > others) return false;
+    const double us = decode_us(gate_up, down, (double)tokens, cols, (double)expert_copies, d);
+    /* align, combine, and what four launches lose between them */
+    const double others = 4.4 + 1.085 * (plan->gate_up.us + plan->down.us);
+    if (us > others && d->gate_up_row >= 0) return false;
 
     const double share = up_bytes / (up_bytes + low_bytes);
     fill_gemm(&plan->gate_up, up, gate_up, d, us * share);
@@ -673,9 +702,12 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
     const double experts = fmax(distinct_experts(p, tokens), 1e-9), rows = (double)slots / experts;
     const int64_t row_bytes = ((int64_t)p->hidden_size + p->intermediate_size) * bytes;
     const int32_t halves = p->gated ? 2 : 1;
-    const gemm_shape gate_up = {experts,        rows,  (int64_t)halves * p->intermediate_size,
-                                p->hidden_size, bytes, row_bytes};
-    const gemm_shape down = {experts, rows, p->hidden_size, p->intermediate_size, bytes, row_bytes};
+    const double spread = sqrt(rows * fmax(0.0, 1.0 - (double)p->topk / p->num_experts));
+    const gemm_shape gate_up = {
+        experts,        rows,  spread,   (int64_t)halves * p->intermediate_size,
+        p->hidden_size, bytes, row_bytes};
+    const gemm_shape down = {experts, rows,     spread, p->hidden_size, p->intermediate_size,
+                             bytes,   row_bytes};
     plan->gate_up.variant = plan->down.variant = -1;
     plan->align = plan_align(plan, slots);
     plan->route_threads = 128; /* measured: 32 and 64 are slower from 4096 tokens, 256 below 256 */

@@ -5,8 +5,8 @@
  * Out    out            [num_tokens, hidden_size]  as rows    every element is written
  * Math   f32, slots in order 0 .. topk - 1, one rounding: bitwise repeatable. no_combine is topk = 1
  * Grid   one thread per eight columns of a token (_2, _4: of four and two tokens, for topk up to 2 and 4),
- *        MOE_COMBINE_THREADS per block; any number of blocks is correct, tokens (or groups of them) times
- *        ceil(hidden_size / MOE_COMBINE_COLS) is one item each. No shared memory
+ *        MOE_COMBINE_THREADS per block; any number of blocks is correct, MOE_COMBINE_BLOCKS is one item each.
+ *        No shared memory
  * Needs  hidden_size % 8 == 0 and 16-byte aligned rows of all tensors; `any` needs neither
  * Cost   (num_rows + num_tokens) * hidden_size * 2 bytes: memory-bound */
 #include "numeric.cuh"
@@ -43,71 +43,93 @@ static __device__ __forceinline__ void add(float (&sum)[8], uint4 v)
     }
 }
 
-// kSlots slots of kTokens tokens at a time: with few slots, too, kInFlight rows are under way for a thread.
+// Columns col .. col + 7 of kTokens tokens, kSlots slots of each at a time: with few slots, too, kInFlight rows are
+// under way for a thread.
+template <class T, bool kVector, int kSlots>
+static __device__ __forceinline__ void combine_columns(const moe_combine_args &args, int64_t token,
+                                                       int32_t col)
+{
+    using element = typename T::element;
+    constexpr int kTokens = kInFlight / kSlots;
+    int32_t count = min(8, args.hidden_size - col);
+    int32_t tokens = static_cast<int32_t>(min(int64_t{kTokens}, args.num_tokens - token));
+    const int32_t *row_of_slot = args.row_of_slot + token * args.topk;
+    float sum[kTokens][8] = {};
+    uint4 shared_output[kTokens];
+    if (args.shared_output) {
+#pragma unroll
+        for (int t = 0; t < kTokens; ++t)
+            if (t < tokens)
+                shared_output[t] = load_columns<T, kVector>(
+                    args.shared_output, (token + t) * args.shared_stride + col, count);
+    }
+    for (int32_t first = 0; first < args.topk; first += kSlots) {
+        int32_t row[kInFlight];
+        uint4 held[kInFlight];
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+            int32_t t = i / kSlots, slot = first + i % kSlots;
+            row[i] = t < tokens && slot < args.topk ? row_of_slot[t * args.topk + slot] : -1;
+        }
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i)
+            if (row[i] >= args.num_rows) row[i] = -1;
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i)
+            if (row[i] >= 0)
+                held[i] =
+                    load_columns<T, kVector>(args.rows, row[i] * args.rows_stride + col, count);
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i)
+            if (row[i] >= 0) add<T>(sum[i / kSlots], held[i]);
+    }
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+        if (t >= tokens) break;
+        float(&s)[8] = sum[t];
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            s[i] *= args.scale;
+        if (args.shared_output) add<T>(s, shared_output[t]);
+        element *to = static_cast<element *>(args.out) + (token + t) * args.out_stride + col;
+        if constexpr (kVector) {
+            *reinterpret_cast<uint4 *>(to) =
+                make_uint4(T::round2(s[0], s[1]), T::round2(s[2], s[3]), T::round2(s[4], s[5]),
+                           T::round2(s[6], s[7]));
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                if (i < count) to[i] = T::round(s[i]);
+        }
+    }
+}
+
 template <class T, bool kVector, int kSlots>
 static __device__ __forceinline__ void combine(const moe_combine_args &args)
 {
     grid_dependency_wait();
     grid_launch_dependents();
-    using element = typename T::element;
     constexpr int kTokens = kInFlight / kSlots;
-    int32_t col_blocks = (args.hidden_size + MOE_COMBINE_COLS - 1) / MOE_COMBINE_COLS;
-    int64_t num_items = (args.num_tokens + kTokens - 1) / kTokens * col_blocks;
-    for (int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
-        int64_t group = item / col_blocks, token = group * kTokens;
-        int32_t col = static_cast<int32_t>(item - group * col_blocks) * MOE_COMBINE_COLS +
-                      static_cast<int32_t>(threadIdx.x) * 8;
-        int32_t count = min(8, args.hidden_size - col);
-        if (count <= 0) continue;
-        int32_t tokens = static_cast<int32_t>(min(int64_t{kTokens}, args.num_tokens - token));
-        const int32_t *row_of_slot = args.row_of_slot + token * args.topk;
-        float sum[kTokens][8] = {};
-        uint4 shared_output[kTokens];
-        if (args.shared_output) {
-#pragma unroll
-            for (int t = 0; t < kTokens; ++t)
-                if (t < tokens)
-                    shared_output[t] = load_columns<T, kVector>(
-                        args.shared_output, (token + t) * args.shared_stride + col, count);
+    int64_t groups = (args.num_tokens + kTokens - 1) / kTokens;
+    int32_t chunks = static_cast<int32_t>(MOE_COMBINE_CHUNKS(args.hidden_size));
+    if (MOE_COMBINE_APART(args.hidden_size)) { // each block one group: the same for all its threads
+        int32_t col_blocks = static_cast<int32_t>(MOE_COMBINE_COL_BLOCKS(args.hidden_size));
+        for (int64_t item = blockIdx.x; item < groups * col_blocks; item += gridDim.x) {
+            int64_t group = item / col_blocks;
+            int32_t chunk =
+                static_cast<int32_t>(item - group * col_blocks) * MOE_COMBINE_THREADS + threadIdx.x;
+            if (chunk < chunks)
+                combine_columns<T, kVector, kSlots>(args, group * kTokens, chunk * 8);
         }
-        for (int32_t first = 0; first < args.topk; first += kSlots) {
-            int32_t row[kInFlight];
-            uint4 held[kInFlight];
-#pragma unroll
-            for (int i = 0; i < kInFlight; ++i) {
-                int32_t t = i / kSlots, slot = first + i % kSlots;
-                row[i] = t < tokens && slot < args.topk ? row_of_slot[t * args.topk + slot] : -1;
-            }
-#pragma unroll
-            for (int i = 0; i < kInFlight; ++i)
-                if (row[i] >= args.num_rows) row[i] = -1;
-#pragma unroll
-            for (int i = 0; i < kInFlight; ++i)
-                if (row[i] >= 0)
-                    held[i] =
-                        load_columns<T, kVector>(args.rows, row[i] * args.rows_stride + col, count);
-#pragma unroll
-            for (int i = 0; i < kInFlight; ++i)
-                if (row[i] >= 0) add<T>(sum[i / kSlots], held[i]);
-        }
-#pragma unroll
-        for (int t = 0; t < kTokens; ++t) {
-            if (t >= tokens) break;
-            float(&s)[8] = sum[t];
-#pragma unroll
-            for (int i = 0; i < 8; ++i)
-                s[i] *= args.scale;
-            if (args.shared_output) add<T>(s, shared_output[t]);
-            element *to = static_cast<element *>(args.out) + (token + t) * args.out_stride + col;
-            if constexpr (kVector) {
-                *reinterpret_cast<uint4 *>(to) =
-                    make_uint4(T::round2(s[0], s[1]), T::round2(s[2], s[3]), T::round2(s[4], s[5]),
-                               T::round2(s[6], s[7]));
-            } else {
-#pragma unroll
-                for (int i = 0; i < 8; ++i)
-                    if (i < count) to[i] = T::round(s[i]);
-            }
+    } else {
+        int64_t step = int64_t{gridDim.x} * MOE_COMBINE_THREADS;
+        for (int64_t item = int64_t{blockIdx.x} * MOE_COMBINE_THREADS + threadIdx.x;
+             item < groups * chunks; item += step) {
+            bool small = item <= 0xffffffff; // a division of 64 bits is a loop
+            int64_t group =
+                small ? static_cast<uint32_t>(item) / static_cast<uint32_t>(chunks) : item / chunks;
+            int32_t chunk = static_cast<int32_t>(item - group * chunks);
+            combine_columns<T, kVector, kSlots>(args, group * kTokens, chunk * 8);
         }
     }
 }

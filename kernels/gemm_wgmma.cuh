@@ -46,7 +46,8 @@ struct gemm_wgmma {
     static constexpr int32_t kLag = 2, kLagSteps = 4;
 
     static_assert(kTileK == MOE_MAP_COLS, "a row of a stage is the 128 bytes of the swizzle");
-    static_assert(kRows == 128 && (kCols == 256 || kCols == 192), "two warpgroups; wgmma() below");
+    static_assert(kRows == 128 && (kCols == 256 || kCols == 192 || kCols == 128),
+                  "two warpgroups; wgmma() below");
     static_assert(kPassRows == 16, "copy_tile: 16 rows a pass");
 
     struct shared {
@@ -204,6 +205,8 @@ struct gemm_wgmma {
         constexpr bool kBf16 = Type::kDtype == MOE_BF16;
         if constexpr (kCols == 256 && kBf16) wgmma_m64n256k16_bf16(sums, token, weight, scale_d);
         if constexpr (kCols == 256 && !kBf16) wgmma_m64n256k16_f16(sums, token, weight, scale_d);
+        if constexpr (kCols == 128 && kBf16) wgmma_m64n128k16_bf16(sums, token, weight, scale_d);
+        if constexpr (kCols == 128 && !kBf16) wgmma_m64n128k16_f16(sums, token, weight, scale_d);
         if constexpr (kCols == 192 && kBf16) wgmma_m64n192k16_bf16(sums, token, weight, scale_d);
         if constexpr (kCols == 192 && !kBf16) wgmma_m64n192k16_f16(sums, token, weight, scale_d);
     }

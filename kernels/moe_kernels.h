@@ -442,10 +442,22 @@ typedef struct moe_combine_args {
 /* slots that a block of moe_align_place sorts at a time: at most 98 KB of shared memory */
 #define MOE_ALIGN_PIECE_SLOTS(num_experts)                                                         \
     ((num_experts) <= 256 ? 2048 : (num_experts) <= 512 ? 1024 : (num_experts) <= 768 ? 512 : 384)
-#define MOE_ALIGN_STATIC_BYTES  1024 /* of shared memory beside MOE_ALIGN_SMEM_BYTES, at most */
-#define MOE_COMBINE_THREADS     128 /* 8 columns each: num_tokens * ceil(hidden_size / 1024) blocks */
-#define MOE_COMBINE_COLS        (8 * MOE_COMBINE_THREADS)
-#define MOE_COMBINE_MANY_TOKENS 4096 /* from here on a block takes several of up to 4 slots */
+#define MOE_ALIGN_STATIC_BYTES 1024 /* of shared memory beside MOE_ALIGN_SMEM_BYTES, at most */
+#define MOE_COMBINE_THREADS    128  /* 8 columns of a token each */
+#define MOE_COMBINE_MANY                                                                           \
+    (1 << 19) /* threads: from here on each takes several tokens of up to 4 slots */
+/* Whether each token starts with a block of its own: where that leaves few threads idle. */
+#define MOE_COMBINE_CHUNKS(hidden_size) (((int64_t)(hidden_size) + 7) / 8)
+#define MOE_COMBINE_COL_BLOCKS(hidden_size)                                                        \
+    ((MOE_COMBINE_CHUNKS(hidden_size) + MOE_COMBINE_THREADS - 1) / MOE_COMBINE_THREADS)
+#define MOE_COMBINE_APART(hidden_size)                                                             \
+    (5 * MOE_COMBINE_CHUNKS(hidden_size) >=                                                        \
+     4 * MOE_COMBINE_THREADS * MOE_COMBINE_COL_BLOCKS(hidden_size))
+#define MOE_COMBINE_BLOCKS(groups, hidden_size)                                                    \
+    (MOE_COMBINE_APART(hidden_size)                                                                \
+         ? (groups) * MOE_COMBINE_COL_BLOCKS(hidden_size)                                          \
+         : ((groups) * MOE_COMBINE_CHUNKS(hidden_size) + MOE_COMBINE_THREADS - 1) /                \
+               MOE_COMBINE_THREADS)
 
 #ifdef __cplusplus
 #define MOE_ASSERT_SIZE(type, bytes)                                                               \

@@ -1,9 +1,11 @@
 """Every row of the table of GEMM variants on a GPU, against the oracle.
 
 The plan takes the large tiles for large layers only, which an oracle in float64 cannot follow; here
-plans are held to one tile height at a time, so that each variant meets small layers of every kind.
+plans are held to one row for gate_up and one for down, so that each meets small layers of every
+kind.
 """
 
+import re
 import threading
 
 import numpy as np
@@ -12,21 +14,43 @@ from fusedmoe import _C, reference
 from support import BF16, F16, F32, check_layer, make_layer, padded, run_layer, same_bits
 from test_gate_up import ALL_ACTIVATIONS
 
-HEIGHTS = [
-    *((rows, True) for rows in (16, 32, 64, 128)),
-    *((rows, False) for rows in (32, 64, 96, 128)),
-]
+ROW = re.compile(r"moe_(gate_up|down)_bf16_(\d+)(x\d+(?:_sm90a(?:_swap)?)?)$")
 
 
-@pytest.fixture(params=HEIGHTS, ids=lambda p: f"{p[0]}{'_portable' if p[1] else ''}")
-def variant(request, backend):
-    """The backend while plans have one tile height; on the CPU the same tests, once."""
-    rows, portable = request.param
-    if backend.name == "cpu" and rows != 16:
+def pairs():
+    """(gate_up, down), names without stage and dtype, of one height: each row at least once."""
+    found = {}
+    for name in _C.info()["kernels"]:
+        if row := ROW.match(name):
+            found.setdefault(int(row[2]), {"gate_up": [], "down": []})[row[1]].append(
+                row[2] + row[3]
+            )
+    for stages in found.values():
+        up, down = stages.values()
+        for i in range(max(len(up), len(down))):
+            yield up[min(i, len(up) - 1)], down[min(i, len(down) - 1)]
+
+
+def hold(pair, dtype):
+    """Plans of aligned tensors of dtype take these rows."""
+    kernels, short = _C.info()["kernels"], {BF16: "bf16", F16: "f16"}[dtype]
+    names = (f"moe_{of[0]}_{short}_{of[1]}" for of in zip(("gate_up", "down"), pair, strict=True))
+    _C._fix_plans(*(kernels.index(name) for name in names))
+
+
+@pytest.fixture(params=dict.fromkeys(pairs()), ids="-".join)
+def pair(request):
+    return request.param
+
+
+@pytest.fixture
+def variant(pair, backend):
+    """The backend while plans have one pair of rows; on the CPU the same tests, once."""
+    if backend.name == "cpu" and pair != next(pairs()):
         pytest.skip("no variants on the CPU")
-    _C._restrict_plans(portable, rows)
+    hold(pair, BF16)
     yield backend
-    _C._restrict_plans(False, 0)
+    _C._fix_plans(-1, -1)
 
 
 SIZES = [
@@ -43,7 +67,8 @@ SIZES = [
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_sizes(variant, seed, sizes, dtype):
+def test_sizes(variant, pair, seed, sizes, dtype):
+    hold(pair, dtype)
     check_layer(variant, make_layer(seed, *sizes, dtype))
 
 
