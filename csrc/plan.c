@@ -305,6 +305,9 @@ static int32_t most_swap_rows(const moe_problem *p, const moe_device_info *d)
  * for every SM. Elsewhere they were measured to be slower (docs/notes/hopper_kernels.md). */
 static bool wants_tall(const variant *v, const gemm_shape *s, const moe_device_info *d)
 {
+    /* measured: 128 columns are slower than 192 unless these are padding to a quarter */
+    const bool wasteful = ceil_div(s->weight_rows, 192) * 192 * 4 >= s->weight_rows * 5;
+    if (v->cols < 192 && !wasteful) return false;
     const double tall = expected_tiles(s, TALL_ROWS), low = expected_tiles(s, 128);
     return tall <= 1.1 * s->experts && low >= 1.25 * s->experts &&
            tall * (double)ceil_div(s->weight_rows, v->cols) >= 1.5 * d->num_sms;
