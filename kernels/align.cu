@@ -44,7 +44,8 @@ extern "C" __global__ void __launch_bounds__(MOE_ALIGN_FEW_THREADS, 1)
     const int32_t *ids = static_cast<const int32_t *>(args.topk_ids);
     const uint32_t start = static_cast<uint32_t>(args.expert_start);
     const bool plain = args.ids_dtype == MOE_I32 && !args.expert_map &&
-                       args.expert_start == start &&
+                       args.expert_start >= 0 && // no id below 0 comes round into the range
+                       args.expert_start + args.num_experts <= INT32_MAX &&
                        (args.ids_stride == args.topk || args.num_tokens == 1);
     fetch_parameters(args);
     grid_dependency_wait();
