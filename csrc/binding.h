@@ -96,6 +96,18 @@ extern const signature moe_signatures[NUM_SIGNATURES]; /* parse.c; constant */
 
 enum { NUM_CHOICES = 64 };
 
+/* What the last call was checked with. A call of the same options whose tensors differ from these in their addresses alone
+ * needs no checks but those of addresses, and has the same plan. With the GIL. */
+enum { MEMO_OWN = 5, MEMO_TENSORS = 11 }; /* of call.c's list; an Experts owns the first ones */
+typedef struct call_memo {
+    bool used;
+    unsigned plan_switches;
+    moe_tensor tensors[MEMO_TENSORS];
+    moe_options options;
+    moe_problem problem;
+    moe_plan plan;
+} call_memo;
+
 typedef struct module_state {
     tensor_context tensors;
     PyObject *names[NUM_SIGNATURES]
@@ -105,10 +117,12 @@ typedef struct module_state {
     PyObject *experts_type, *buffer_type, *abstract_type;
     /* Touched with the GIL held only, and copied out before it is released. */
     moe_plan_cache plans;
+    call_memo last;              /* of fused_experts */
     int portable_kernels;        /* _restrict_plans: no kernel made for one architecture alone */
     int plan_tile_rows;          /* and only GEMM variants of this height; 0: all */
     int plan_gate_up, plan_down; /* _fix_plans: 1 + the row of the table; 0: all */
     int plan_apart;              /* and no gate_up and down in one launch */
+    unsigned plan_switches;      /* calls of _restrict_plans and _fix_plans */
     int64_t workspace_limit;     /* FUSEDMOE_WORKSPACE_LIMIT or the default */
 } module_state;
 
@@ -213,6 +227,7 @@ typedef struct call_frame {
         PyObject *object; /* borrowed */
     } abstract[TENSOR_HOLDS];
     struct experts_object *experts; /* whose scratch may be used, or NULL */
+    call_memo *memo;                /* where the last such call may be, or NULL */
     int scratch;                    /* its slot in use, or -1 */
     moe_error err;
 } call_frame;

@@ -25,6 +25,7 @@ typedef struct experts_weights {
     int references;
     moe_tensor w13, w2, w13_bias, w2_bias;
     tensor_hold holds[NUM_WEIGHTS];
+    call_memo memo; /* with the GIL */
 } experts_weights;
 
 /* Workspace for up to max_tokens, one per stream. */
@@ -217,6 +218,7 @@ static PyObject *run(experts_object *self, PyObject *const *v)
         return call_finish(&f, v[6]);
     }
     ++weights->references;
+    f.memo = &weights->memo;
     set_weights(c, self, weights);
     if (call_prototype(&f, v[0], "hidden_states", &c->hidden_states)) goto done;
     if (call_tensor(&f, v[1], "topk_weights", &c->topk_weights)) goto done;

@@ -84,6 +84,7 @@ static PyObject *py_fused_experts(PyObject *module, PyObject *const *args, Py_ss
     PyObject *values[MAX_PARAMETERS], *stream = Py_None;
     call_frame f;
     call_begin(&f, state, MOE_OP_FUSED_EXPERTS, "fused_experts");
+    f.memo = &state->last;
     moe_call *c = &f.call;
     PyObject *const *v =
         parse_arguments(state, SIG_FUSED_EXPERTS, args, nargs, kwnames, values, &f.err);
@@ -566,6 +567,7 @@ static PyObject *py_restrict_plans(PyObject *module, PyObject *args)
     state->plan_tile_rows = tile_rows;
     state->plan_apart = apart;
     memset(&state->plans, 0, sizeof state->plans); /* made under the other setting */
+    ++state->plan_switches;
     return Py_NewRef(Py_None);
 }
 
@@ -579,6 +581,7 @@ static PyObject *py_fix_plans(PyObject *module, PyObject *args)
     state->plan_gate_up = gate_up + 1;
     state->plan_down = down + 1;
     memset(&state->plans, 0, sizeof state->plans);
+    ++state->plan_switches;
     return Py_NewRef(Py_None);
 }
 

@@ -262,6 +262,8 @@ int tensor_describe(const char *name, void *data, int32_t dtype, int32_t ndim, c
 
 /* validate.c: every check a call's tensors and scalars need; fills problem. Writes nothing else. */
 int moe_validate(const moe_call *call, moe_problem *problem, moe_error *err);
+/* Of a layer, what depends on addresses beyond their alignment: out and workspace overlap nothing that they may not. */
+int moe_check_apart(const moe_call *call, moe_error *err);
 /* The most rows that num_slots slots can have, each expert padded to blocks: a multiple of block_size. */
 int64_t moe_padded_rows(int64_t num_slots, int64_t num_experts, int64_t block_size);
 /* The problem of shapes alone (workspace_size, plan): range checks on the sizes. */

@@ -7,7 +7,7 @@ The table runs on both backends: each row makes its wrong argument with the back
 import fusedmoe
 import numpy as np
 import pytest
-from fusedmoe import Experts, Routing
+from fusedmoe import Experts, Routing, reference
 from support import (
     BF16,
     F16,
@@ -842,6 +842,130 @@ except ValueError as error:
     run = [sys.executable, "-c", code]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout == "refused\n", done.stderr
+
+
+# -------------------------------------------------------------------------------------------------
+# Calls like the last one
+# -------------------------------------------------------------------------------------------------
+
+
+def _memo_arrays(num_tokens=3, pad=0, dtype=np.float32):
+    rng = np.random.default_rng(num_tokens)
+    x = rng.standard_normal((num_tokens, 16 + pad)).astype(dtype)[:, :16]
+    weights = np.full((num_tokens, 2), 0.5, np.float32)
+    ids = np.tile(np.array([[0, 2]], np.int32), (num_tokens, 1))
+    out = np.empty((num_tokens, 16), dtype)
+    nbytes = fusedmoe.workspace_size(num_tokens, 16, 8, 3, 2, dtype="float32", device="cpu")
+    memory = np.empty(nbytes + 512, np.uint8)
+    start = -memory.ctypes.data % 256
+    return [x, weights, ids, out, memory[start : start + nbytes]]
+
+
+def _misaligned(array):
+    memory = np.empty(array.nbytes + 16, np.uint8)
+    start = -memory.ctypes.data % 16 + array.itemsize
+    moved = memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+    moved[...] = array
+    return moved
+
+
+def _read_only(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+# What becomes of the third argument tuple (x, weights, ids, out, workspace) -> the error, or None.
+AFTER_THE_LAST = {
+    "the same": (lambda a: a, None),
+    "other arrays": (lambda a: _memo_arrays(), None),
+    "more tokens": (lambda a: _memo_arrays(5), None),
+    "other strides": (lambda a: _memo_arrays(pad=4), None),
+    "misaligned": (lambda a: [_misaligned(a[0]), *a[1:3], _misaligned(a[3]), a[4]], None),
+    "no out": (lambda a: [*a[:3], None, a[4]], None),
+    "no workspace": (lambda a: [*a[:4], None], None),
+    "in place": (lambda a: [a[0], *a[1:3], a[0], a[4]], None),
+    "x of another dtype": (
+        lambda a: [a[0].astype(np.float64), *a[1:]],
+        (TypeError, "hidden_states"),
+    ),
+    "ids of another dtype": (
+        lambda a: [*a[:2], a[2].astype(np.int16), *a[3:]],
+        (TypeError, "topk_ids"),
+    ),
+    "x too wide": (
+        lambda a: [np.zeros((3, 17), np.float32), *a[1:]],
+        (ValueError, "w13|hidden_states"),
+    ),
+    "weights of fewer tokens": (lambda a: [a[0], a[1][:2], *a[2:]], (ValueError, "topk_weights")),
+    "read-only out": (lambda a: [*a[:3], _read_only(a[3]), a[4]], (ValueError, "out")),
+    "out over the ids": (
+        lambda a: [a[0], a[1], a[3].view(np.int32)[:, :2], a[3], a[4]],
+        (ValueError, "out: .*overlaps topk_ids"),
+    ),
+    "workspace over x": (
+        lambda a: [a[4][:192].view(np.float32).reshape(3, 16), *a[1:]],
+        (ValueError, "workspace: .*overlaps hidden_states"),
+    ),
+    "small workspace": (lambda a: [*a[:4], a[4][:256]], (ValueError, "workspace")),
+}
+
+
+@pytest.mark.parametrize("what", AFTER_THE_LAST)
+@pytest.mark.parametrize("how", ["Experts", "fused_experts"])
+def test_a_call_like_the_last_one_is_checked(how, what):
+    """Checks of shapes are left out where only addresses are new; nothing else may be."""
+    rng = np.random.default_rng(0)
+    w13, w2 = (rng.standard_normal(s).astype(np.float32) for s in ((3, 16, 16), (3, 16, 8)))
+    change, error = AFTER_THE_LAST[what]
+
+    def run(a, fresh=False):
+        if how == "Experts":
+            return (Experts(w13, w2) if fresh else experts).run(*a)
+        return fusedmoe.fused_experts(a[0], w13, w2, *a[1:3], out=a[3], workspace=a[4])
+
+    experts = Experts(w13, w2)
+    first = _memo_arrays()
+    for _ in range(3):
+        run(first)
+    then = change(_memo_arrays())
+    if error:
+        with pytest.raises(error[0], match=error[1]):
+            run(then)
+        return
+    want = reference.fused_experts(then[0].copy(), w13, w2, *then[1:3])
+    np.testing.assert_allclose(np.asarray(run(then)), want, rtol=1e-4, atol=1e-4)
+    want = reference.fused_experts(first[0], w13, w2, *first[1:3])
+    np.testing.assert_allclose(run(first), want, rtol=1e-4, atol=1e-4)
+
+
+def test_new_weights_and_options_are_checked():
+    rng = np.random.default_rng(0)
+    w13, w2 = (rng.standard_normal(s).astype(np.float32) for s in ((3, 16, 16), (3, 16, 8)))
+    x, weights, ids, out, workspace = _memo_arrays()
+    experts = Experts(w13, w2)
+    experts.run(x, weights, ids, out, workspace)
+    wide = np.zeros((3, 16, 12), np.float32)
+    wide[:, :, :8] = 2 * w2
+    experts.rebind(w13, wide[:, :, :8])
+    got = experts.run(x, weights, ids, out, workspace)
+    np.testing.assert_allclose(
+        got, reference.fused_experts(x, w13, 2 * w2, weights, ids), rtol=1e-4, atol=1e-4
+    )
+    call = (x, w13, w2, weights, ids)
+    fusedmoe.fused_experts(*call, out=out, workspace=workspace)
+    for options in (
+        {"activation": "gelu"},
+        {"routed_scaling_factor": 2.0},
+        {"w13_order": "up_gate"},
+    ):
+        got = fusedmoe.fused_experts(*call, out=out, workspace=workspace, **options)
+        want = reference.fused_experts(*call, **options)
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="shared_output"):
+        fusedmoe.fused_experts(*call, out=out, workspace=workspace, shared_output=out[:2])
+    with pytest.raises(ValueError, match="w13"):
+        fusedmoe.fused_experts(x, w13[:, :, :15], w2, weights, ids, out=out, workspace=workspace)
 
 
 # -------------------------------------------------------------------------------------------------
