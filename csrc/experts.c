@@ -161,7 +161,9 @@ static experts_weights *make_weights(const experts_object *self, PyObject *w13, 
 int experts_take_scratch(experts_object *self, call_frame *f, int64_t required, void *stream)
 {
     int at = -1;
-    if (self->max_tokens == 0) return MOE_OK;
+    void *const per_thread =
+        (void *)(uintptr_t)2; /* CU_STREAM_PER_THREAD: one name, many streams */
+    if (self->max_tokens == 0 || stream == per_thread) return MOE_OK;
     for (int i = 0; i < NUM_SCRATCH; ++i) {
         if (self->scratch[i].used && self->scratch[i].stream == stream) {
             at = i;

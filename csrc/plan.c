@@ -297,7 +297,8 @@ static bool allowed(int32_t row, int32_t stage, const moe_problem *p, const moe_
  * where these are fewer than SMs. */
 static int32_t most_swap_rows(const moe_problem *p, const moe_device_info *d)
 {
-    const int64_t tiles = p->num_experts * ceil_div((p->gated ? 2 : 1) * p->intermediate_size, 256);
+    const int64_t rows = (p->gated ? 2 : 1) * (int64_t)p->intermediate_size;
+    const int64_t tiles = p->num_experts * ceil_div(rows, 256);
     return tiles < d->num_sms ? 72 : 48;
 }
 

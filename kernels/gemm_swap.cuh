@@ -257,8 +257,11 @@ struct gemm_swap {
         if constexpr (sizeof...(More) > 0) {
             const int32_t *done = &first.args.tiles[tile].done;
             const int32_t all = static_cast<int32_t>(kSignals * col_tiles(first));
+            // Not for ever: two calls that share a workspace at once, as none may, lose each other's counts. Wrong
+            // results then, but no kernel without end. A poll takes half a microsecond or more.
+            constexpr int32_t kMostPolls = 1 << 23;
             if (threadIdx.x % 32 == 0)
-                while (load_acquire(done) < all) {
+                for (int32_t polls = 0; polls < kMostPolls && load_acquire(done) < all; ++polls) {
                 }
             __syncwarp();
         }
