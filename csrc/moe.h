@@ -136,6 +136,11 @@ typedef struct moe_call_tensor {
 } moe_call_tensor;
 extern const moe_call_tensor moe_call_tensors[MOE_CALL_TENSORS];
 
+static inline const moe_tensor *moe_const_tensor_of(const moe_call *call, int index)
+{
+    return (const moe_tensor *)(const void *)((const char *)call + moe_call_tensors[index].offset);
+}
+
 static inline moe_tensor *moe_tensor_of(moe_call *call, int index)
 {
     return (moe_tensor *)(void *)((char *)call + moe_call_tensors[index].offset);

@@ -533,49 +533,21 @@ static int check_bias(const char *name, const moe_tensor *bias, const moe_tensor
     return MOE_OK;
 }
 
-/* The tensors of a layer that are given, without the workspace; out is the last one. */
-static int layer_tensors(const moe_call *c, named_tensor *given)
-{
-    const named_tensor layer[] = {
-        {"hidden_states", &c->hidden_states},
-        {"w13", &c->w13},
-        {"w2", &c->w2},
-        {"topk_weights", &c->topk_weights},
-        {"topk_ids", &c->topk_ids},
-        {"w13_bias", &c->w13_bias},
-        {"w2_bias", &c->w2_bias},
-        {"shared_output", &c->shared_output},
-        {"expert_map", &c->expert_map},
-    };
-    const named_tensor routing[] = {
-        {"router_logits", &c->router_logits},
-        {"correction_bias", &c->correction_bias},
-        {"expert_scale", &c->expert_scale},
-        {"num_token_non_padded", &c->num_token_non_padded},
-        {"expert_map", &c->routing_map},
-        {"replica_map", &c->replica_map},
-        {"tid2eid", &c->tid2eid},
-        {"token_ids", &c->token_ids},
-    };
-    int count = 0;
-    for (size_t i = 0; i < sizeof layer / sizeof *layer; ++i)
-        if (tensor_present(layer[i].tensor)) given[count++] = layer[i];
-    if (c->operation == MOE_OP_FUSED_MOE)
-        for (size_t i = 0; i < sizeof routing / sizeof *routing; ++i)
-            if (tensor_present(routing[i].tensor)) given[count++] = routing[i];
-    if (tensor_present(&c->out)) given[count++] = (named_tensor){"out", &c->out};
-    return count;
-}
-
 int moe_check_apart(const moe_call *c, moe_error *err)
 {
     const named_tensor out = {"out", &c->out}, workspace = {"workspace", &c->workspace};
-    named_tensor given[MOE_CALL_TENSORS];
-    const int num_given = layer_tensors(c, given);
     const moe_tensor *const in_place[] = {&c->hidden_states, &c->shared_output};
     const bool sum = c->options.combine == MOE_COMBINE_SUM;
-    if (check_overlap(&out, given, num_given - 1, in_place, sum ? 2 : 0, err)) return err->status;
-    return check_overlap(&workspace, given, num_given, NULL, 0, err);
+    named_tensor given[MOE_CALL_TENSORS];
+    int count = 0;
+    for (int i = 0; i < MOE_CALL_TENSORS; ++i) {
+        const moe_tensor *t = moe_const_tensor_of(c, i);
+        if (tensor_present(t) && t != out.tensor && t != workspace.tensor)
+            given[count++] = (named_tensor){moe_call_tensors[i].name, t};
+    }
+    if (check_overlap(&out, given, count, in_place, sum ? 2 : 0, err)) return err->status;
+    given[count++] = out;
+    return check_overlap(&workspace, given, count, NULL, 0, err);
 }
 
 static int validate_layer(const moe_call *c, moe_problem *p, moe_error *err)
@@ -676,10 +648,9 @@ static int validate_layer(const moe_call *c, moe_problem *p, moe_error *err)
     }
     if (check_workspace(c, "hidden_states", x, err)) return err->status;
 
-    named_tensor given[MOE_CALL_TENSORS];
-    const int num_given = layer_tensors(c, given);
-    for (int i = 0; i < num_given; ++i)
-        if (check_device(given[i].name, given[i].tensor, "hidden_states", x, err))
+    for (int i = 0; i < MOE_CALL_TENSORS; ++i)
+        if (check_device(moe_call_tensors[i].name, moe_const_tensor_of(c, i), "hidden_states", x,
+                         err))
             return err->status;
     if (moe_check_apart(c, err)) return err->status;
     if (o->batch_invariant)

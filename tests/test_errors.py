@@ -875,16 +875,19 @@ def _read_only(array):
     return array
 
 
-# What becomes of the third argument tuple (x, weights, ids, out, workspace) -> the error, or None.
-AFTER_THE_LAST = {
-    "the same": (lambda a: a, None),
-    "other arrays": (lambda a: _memo_arrays(), None),
-    "more tokens": (lambda a: _memo_arrays(5), None),
-    "other strides": (lambda a: _memo_arrays(pad=4), None),
-    "misaligned": (lambda a: [_misaligned(a[0]), *a[1:3], _misaligned(a[3]), a[4]], None),
-    "no out": (lambda a: [*a[:3], None, a[4]], None),
-    "no workspace": (lambda a: [*a[:4], None], None),
-    "in place": (lambda a: [a[0], *a[1:3], a[0], a[4]], None),
+# After some calls with (x, weights, ids, out, workspace), one with what these make of it: right,
+# or wrong.
+RIGHT_AFTER = {
+    "the same": lambda a: a,
+    "other arrays": lambda a: _memo_arrays(),
+    "more tokens": lambda a: _memo_arrays(5),
+    "other strides": lambda a: _memo_arrays(pad=4),
+    "misaligned": lambda a: [_misaligned(a[0]), *a[1:3], _misaligned(a[3]), a[4]],
+    "no out": lambda a: [*a[:3], None, a[4]],
+    "no workspace": lambda a: [*a[:4], None],
+    "in place": lambda a: [a[0], *a[1:3], a[0], a[4]],
+}
+WRONG_AFTER = {
     "x of another dtype": (
         lambda a: [a[0].astype(np.float64), *a[1:]],
         (TypeError, "hidden_states"),
@@ -911,32 +914,46 @@ AFTER_THE_LAST = {
 }
 
 
-@pytest.mark.parametrize("what", AFTER_THE_LAST)
-@pytest.mark.parametrize("how", ["Experts", "fused_experts"])
-def test_a_call_like_the_last_one_is_checked(how, what):
-    """Checks of shapes are left out where only addresses are new; nothing else may be."""
+def _assert_layer(got, x, w13, w2, weights, ids, **options):
+    want, error = reference.fused_experts_error(x, w13, w2, weights, ids, **options)
+    report = reference.compare(np.asarray(got), want, error)
+    assert report.ok, report.message
+
+
+def _layer_after_some_calls(how):
+    """w13, w2 and a function of one call, after three with the same arrays."""
     rng = np.random.default_rng(0)
     w13, w2 = (rng.standard_normal(s).astype(np.float32) for s in ((3, 16, 16), (3, 16, 8)))
-    change, error = AFTER_THE_LAST[what]
+    experts = Experts(w13, w2)
 
-    def run(a, fresh=False):
+    def run(a):
         if how == "Experts":
-            return (Experts(w13, w2) if fresh else experts).run(*a)
+            return experts.run(*a)
         return fusedmoe.fused_experts(a[0], w13, w2, *a[1:3], out=a[3], workspace=a[4])
 
-    experts = Experts(w13, w2)
     first = _memo_arrays()
     for _ in range(3):
         run(first)
-    then = change(_memo_arrays())
-    if error:
-        with pytest.raises(error[0], match=error[1]):
-            run(then)
-        return
-    want = reference.fused_experts(then[0].copy(), w13, w2, *then[1:3])
-    np.testing.assert_allclose(np.asarray(run(then)), want, rtol=1e-4, atol=1e-4)
-    want = reference.fused_experts(first[0], w13, w2, *first[1:3])
-    np.testing.assert_allclose(run(first), want, rtol=1e-4, atol=1e-4)
+    return w13, w2, run
+
+
+@pytest.mark.parametrize("what", RIGHT_AFTER)
+@pytest.mark.parametrize("how", ["Experts", "fused_experts"])
+def test_a_call_after_others_is_right(how, what):
+    """Checks of shapes are left out where only addresses are new."""
+    w13, w2, run = _layer_after_some_calls(how)
+    for arrays in (RIGHT_AFTER[what](_memo_arrays()), _memo_arrays()):
+        x = arrays[0].copy()  # out may be x
+        _assert_layer(run(arrays), x, w13, w2, *arrays[1:3])
+
+
+@pytest.mark.parametrize("what", WRONG_AFTER)
+@pytest.mark.parametrize("how", ["Experts", "fused_experts"])
+def test_a_call_after_others_is_checked(how, what):
+    _, _, run = _layer_after_some_calls(how)
+    change, (error, text) = WRONG_AFTER[what]
+    with pytest.raises(error, match=text):
+        run(change(_memo_arrays()))
 
 
 def test_new_weights_and_options_are_checked():
@@ -949,9 +966,7 @@ def test_new_weights_and_options_are_checked():
     wide[:, :, :8] = 2 * w2
     experts.rebind(w13, wide[:, :, :8])
     got = experts.run(x, weights, ids, out, workspace)
-    np.testing.assert_allclose(
-        got, reference.fused_experts(x, w13, 2 * w2, weights, ids), rtol=1e-4, atol=1e-4
-    )
+    _assert_layer(got, x, w13, 2 * w2, weights, ids)
     call = (x, w13, w2, weights, ids)
     fusedmoe.fused_experts(*call, out=out, workspace=workspace)
     for options in (
@@ -960,8 +975,7 @@ def test_new_weights_and_options_are_checked():
         {"w13_order": "up_gate"},
     ):
         got = fusedmoe.fused_experts(*call, out=out, workspace=workspace, **options)
-        want = reference.fused_experts(*call, **options)
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+        _assert_layer(got, *call, **options)
     with pytest.raises(ValueError, match="shared_output"):
         fusedmoe.fused_experts(*call, out=out, workspace=workspace, shared_output=out[:2])
     with pytest.raises(ValueError, match="w13"):
