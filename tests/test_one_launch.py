@@ -40,6 +40,7 @@ def test_same_bits_as_two(gpu, height, seed, sizes, routing):
         assert same_bits(run_layer(gpu, layer, fill=fill), want)
 
 
+@pytest.mark.small
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_biases_and_weights_on_input(gpu, height, seed, dtype):
     more = {"w13_bias": F32, "w2_bias": F32, "apply_router_weight_on_input": True}
