@@ -450,7 +450,7 @@ typedef struct moe_combine_args {
 #define MOE_ALIGN_STATIC_BYTES 1024 /* of shared memory beside MOE_ALIGN_SMEM_BYTES, at most */
 #define MOE_COMBINE_THREADS    128  /* 8 columns of a token each */
 #define MOE_COMBINE_MANY                                                                           \
-    (1 << 19) /* threads: from here on each takes several tokens of up to 4 slots */
+    (1 << 18) /* threads: from here on each takes several tokens of up to 4 slots */
 /* Whether each token starts with a block of its own: where that leaves few threads idle. */
 #define MOE_COMBINE_CHUNKS(hidden_size) (((int64_t)(hidden_size) + 7) / 8)
 #define MOE_COMBINE_COL_BLOCKS(hidden_size)                                                        \

@@ -29,6 +29,8 @@ enum {
     KERNEL_COMBINE_F16_2,
     KERNEL_COMBINE_BF16_4,
     KERNEL_COMBINE_F16_4,
+    KERNEL_COMBINE_BF16_5,
+    KERNEL_COMBINE_F16_5,
     KERNEL_COMBINE_BF16_ANY,
     KERNEL_COMBINE_F16_ANY,
     KERNEL_HOPPER_PROBE,
@@ -82,6 +84,8 @@ static const moe_kernel_row KERNELS[] = {
     [KERNEL_COMBINE_F16_2] = {"moe_combine_f16_2", "combine", 0, 80, sizeof(moe_combine_args)},
     [KERNEL_COMBINE_BF16_4] = {"moe_combine_bf16_4", "combine", 0, 80, sizeof(moe_combine_args)},
     [KERNEL_COMBINE_F16_4] = {"moe_combine_f16_4", "combine", 0, 80, sizeof(moe_combine_args)},
+    [KERNEL_COMBINE_BF16_5] = {"moe_combine_bf16_5", "combine", 0, 80, sizeof(moe_combine_args)},
+    [KERNEL_COMBINE_F16_5] = {"moe_combine_f16_5", "combine", 0, 80, sizeof(moe_combine_args)},
     [KERNEL_COMBINE_BF16_ANY] = {"moe_combine_bf16_any", "combine", 0, 80,
                                  sizeof(moe_combine_args)},
     [KERNEL_COMBINE_F16_ANY] = {"moe_combine_f16_any", "combine", 0, 80, sizeof(moe_combine_args)},
@@ -436,6 +440,8 @@ int moe_cuda_combine(const moe_plan *plan, const moe_combine_args *args, int dev
         a.num_tokens >= ceil_div(MOE_COMBINE_MANY, MOE_COMBINE_CHUNKS(a.hidden_size))) {
         kernel = a.topk <= 2 ? KERNEL_COMBINE_BF16_2 : KERNEL_COMBINE_BF16_4;
         tokens = a.topk <= 2 ? 4 : 2;
+    } else if (vector && (a.topk == 9 || a.topk == 10)) {
+        kernel = KERNEL_COMBINE_BF16_5;
     }
     if (a.dtype != MOE_BF16) ++kernel;
     const int64_t blocks = MOE_COMBINE_BLOCKS(ceil_div(a.num_tokens, tokens), a.hidden_size);
