@@ -92,29 +92,40 @@ struct gemm_wgmma {
         return {held.x, held.y, held.z, held.w, false};
     }
 
-    // The list as items: all column tiles of kRaster entries, then of the next kRaster entries.
+    // The list as items: all column tiles of kRaster entries, then of the next kRaster entries. With bands: those of the
+    // first band_tiles column tiles, then of the next.
     struct list {
         const moe_tile *tiles;
         int64_t num_slots;
-        uint32_t num_tiles, col_tiles;
+        uint32_t num_tiles, col_tiles, band_tiles; // band_tiles 0: all of them are one band
 
         template <class Args>
-        __device__ __forceinline__ list(const Args &args, int32_t num_cols)
+        __device__ __forceinline__ list(const Args &args, int32_t num_cols, uint32_t band_tiles)
             : tiles(args.tiles), num_slots(args.num_slots),
               num_tiles(min(__ldcg(args.num_tiles), args.max_tiles)),
-              col_tiles((static_cast<uint32_t>(num_cols) + kCols - 1) / kCols)
+              col_tiles((static_cast<uint32_t>(num_cols) + kCols - 1) / kCols),
+              band_tiles(band_tiles)
         {
         }
 
         __device__ __forceinline__ work find(uint32_t item) const
         {
-            uint32_t group = item / (kRaster * col_tiles);
+            uint32_t first = 0, cols = col_tiles; // of the band
+            if (band_tiles) {
+                uint32_t band = item / max(band_tiles * num_tiles, 1u);
+                item -= band * (band_tiles * num_tiles);
+                first = band * band_tiles;
+                if (first >= col_tiles) return {0, 0, -1, 0, false};
+                cols = min(band_tiles, col_tiles - first);
+            }
+            uint32_t group = item / (kRaster * cols);
             if (group * kRaster >= num_tiles) return {0, 0, -1, 0, false};
-            uint32_t in_group = item - group * (kRaster * col_tiles);
+            uint32_t in_group = item - group * (kRaster * cols);
             uint32_t group_tiles = min(kRaster, num_tiles - group * kRaster);
             uint32_t col = in_group / group_tiles;
-            if (col >= col_tiles) return {0, 0, -1, 0, false}; // the last group is smaller
+            if (col >= cols) return {0, 0, -1, 0, false}; // the last group is smaller
             uint32_t tile = group * kRaster + in_group - col * group_tiles;
+            col += first;
             int4 found = __ldcg(reinterpret_cast<const int4 *>(tiles + tile));
             int32_t before = tile > 0 ? __ldcg(&tiles[tile - 1].expert) : -1;
             int32_t rows =
@@ -363,8 +374,8 @@ struct gemm_wgmma {
 
     // All tiles of this block. Problem: weights, tokens: the maps; box(col, part, rows) -> coordinates of half the
     // weights of a tile; tokens(), token_stride(): of gathered rows;
-    // write(smem, work, sums, weight of this thread's two rows); args, num_cols, k_size; kTaken: which
-    // number behind num_tiles counts the items taken.
+    // write(smem, work, sums, weight of this thread's two rows); args, num_cols, k_size; band_tiles: of the
+    // list; kTaken: which number behind num_tiles counts the items taken.
     template <class Problem>
     static __device__ __forceinline__ void run(shared &smem, const Problem &problem)
     {
@@ -374,7 +385,7 @@ struct gemm_wgmma {
         grid_launch_dependents();
         int32_t num_steps = (problem.k_size + kTileK - 1) / kTileK;
         position at;
-        const list list(args, problem.num_cols);
+        const list list(args, problem.num_cols, problem.band_tiles);
         uint32_t tile = 0;
         work work = list.find(blockIdx.x);
 
