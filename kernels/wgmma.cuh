@@ -65,6 +65,13 @@ __device__ __forceinline__ void cp_async_arrive(uint32_t bar)
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(bar) : "memory");
 }
 
+// cp.async, "cp.async": 4 bytes global -> shared; only the first `bytes` (0 or 4) are read, the rest of the 4 is zero.
+// Each thread for itself.
+__device__ __forceinline__ void cp_async_4(uint32_t shared, const void *global, uint32_t bytes)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
 // mbarrier.try_wait, "mbarrier.test_wait / try_wait": spin until phase parity completes. Any thread.
 __device__ __forceinline__ void mbarrier_wait(uint32_t bar, uint32_t parity)
 {
