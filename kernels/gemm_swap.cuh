@@ -275,7 +275,7 @@ struct gemm_swap {
         int32_t row = thread / kChunks, chunk = thread % kChunks;
         uint32_t offset = row * 128 + ((chunk ^ (row & 7)) << 4);
         const unsigned char *token[kPasses]; // of tile `tile` of GEMM `gemm`
-        uint32_t valid = 0;
+        uint32_t valid = 0, missing = 0;     // rows of a thread that are there; that are zeros
         int32_t tile = -1, gemm = 0;
         position at;
         for (uint32_t n = 0;; ++n) {
@@ -289,32 +289,47 @@ struct gemm_swap {
                         tile = work.tile;
                         gemm = work.gemm;
                         if (gemm) wait_for_tile(tile, problems...);
-                        valid = 0;
+                        valid = missing = 0;
 #pragma unroll
                         for (int pass = 0; pass < kPasses; ++pass) {
                             int32_t of = row + pass * kPassRows;
-                            const element *from = of < work.num_rows
-                                                      ? problem.token_row(work.row_begin + of)
-                                                      : nullptr;
+                            const bool is_row = of < work.num_rows;
+                            const element *from =
+                                is_row ? problem.token_row(work.row_begin + of) : nullptr;
                             if (from) valid |= 1u << pass;
+                            if (is_row && !from) missing |= 1u << pass;
                             token[pass] = reinterpret_cast<const unsigned char *>(from + chunk * 8);
                         }
                     }
                     for (int32_t k = 0; k < problem.k_size; k += kTileK, at.next()) {
                         mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
                         uint32_t to = shared_address(smem.token[at.stage]) + offset;
+                        // Instructions are what takes time here: nothing is asked but whether there is a row.
                         const int32_t pieces = pieces_of(k, problem);
+                        const int32_t full =
+                            min(kPieces, (problem.k_size - k) / MOE_MAP_COLS); // inside of K
+                        auto copy = [&](int pass, int piece, uint32_t bytes) {
+                            cp_async_16_wide(to + piece * kTokenBytes + pass * (kPassRows * 128),
+                                             token[pass] + k * 2 + piece * 128, bytes);
+                        };
 #pragma unroll
-                        for (int pass = 0; pass < kPasses; ++pass) {
-                            if (pass * kPassRows >= work.num_rows) break;
+                        for (int piece = 0; piece < kPieces; ++piece) {
+                            if (piece >= full) break;
+#pragma unroll
+                            for (int pass = 0; pass < kPasses; ++pass)
+                                if (valid >> pass & 1) copy(pass, piece, 16);
+                        }
+                        if (full < pieces || missing) {
 #pragma unroll
                             for (int piece = 0; piece < kPieces; ++piece) {
                                 if (piece >= pieces) break;
-                                bool inside = k + piece * MOE_MAP_COLS + chunk * 8 < problem.k_size;
-                                cp_async_16_wide(to + piece * kTokenBytes +
-                                                     pass * (kPassRows * 128),
-                                                 token[pass] + k * 2 + piece * 128,
-                                                 inside ? (valid >> pass & 1) << 4 : 0);
+                                const bool inside =
+                                    k + piece * MOE_MAP_COLS + chunk * 8 < problem.k_size;
+                                const uint32_t rows = piece < full ? missing : valid | missing;
+#pragma unroll
+                                for (int pass = 0; pass < kPasses; ++pass)
+                                    if (rows >> pass & 1)
+                                        copy(pass, piece, inside ? (valid >> pass & 1) << 4 : 0);
                             }
                         }
                         cp_async_arrive(shared_address(&smem.landed[at.stage]));
