@@ -22,18 +22,20 @@ struct down_problem {
 
     template <class Gemm>
     __device__ __forceinline__ void
-    write(typename Gemm::shared &smem, const typename Gemm::work &work,
-          const float (&sums)[Gemm::kSums], const float (&weight)[2]) const
+    write(const typename Gemm::results &to, const float (&sums)[Gemm::kSums],
+          const float (&weight)[2]) const
     {
+        const uint32_t out = to.out();
+        const auto work = to.work();
         if (args.w2_bias)
-            write<Gemm, true>(smem, work, sums, weight);
+            write<Gemm, true>(out, work, sums, weight);
         else
-            write<Gemm, false>(smem, work, sums, weight);
+            write<Gemm, false>(out, work, sums, weight);
     }
 
     template <class Gemm, bool kBias>
     __device__ __forceinline__ void
-    write(typename Gemm::shared &smem, const typename Gemm::work &work,
+    write(uint32_t out, const typename Gemm::work &work,
           const float (&sums)[Gemm::kSums], const float (&weight)[2]) const
     {
         constexpr int kBlocks = Gemm::kOutCols / 8;
@@ -54,9 +56,9 @@ struct down_problem {
                 if constexpr (kBias) z[0] += bias[i / 2 * 2], z[1] += bias[i / 2 * 2 + 1];
                 pairs[i] = T::round2(z[0] * weight[i % 2], z[1] * weight[i % 2]);
             }
-            Gemm::out_put(smem, j % kBlocks, pairs);
+            Gemm::out_put(out, j % kBlocks, pairs);
             if ((j + 2) % kBlocks == 0)
-                Gemm::out_copy(smem, work, args.rows, args.rows_stride,
+                Gemm::out_copy(out, work, args.rows, args.rows_stride,
                                work.col_begin + (j + 2 - kBlocks) * 8, num_cols);
         }
     }

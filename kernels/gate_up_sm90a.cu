@@ -32,18 +32,17 @@ struct gate_up_problem {
     // Plain silu from registers; all else is one loop, not 32 copies of each activation.
     template <class Gemm>
     __device__ __forceinline__ void
-    write(typename Gemm::shared &smem, const typename Gemm::work &work,
-          const float (&sums)[Gemm::kSums], const float (&weight)[2]) const
+    write(const typename Gemm::results &to, const float (&sums)[Gemm::kSums], const float (&weight)[2]) const
     {
         if (args.activation == MOE_ACT_SILU && args.gated && !args.w13_bias && !args.topk_weights &&
             !(args.activation_limit > 0.0f))
-            write_silu<Gemm>(smem, work, sums);
+            write_silu<Gemm>(to.out(), to.work(), sums);
         else
-            write_any<Gemm>(smem, work, sums, weight);
+            write_any<Gemm>(to, sums, weight);
     }
 
     template <class Gemm>
-    __device__ __forceinline__ void write_silu(typename Gemm::shared &smem,
+    __device__ __forceinline__ void write_silu(uint32_t out,
                                                const typename Gemm::work &work,
                                                const float (&sums)[Gemm::kSums]) const
     {
@@ -58,9 +57,9 @@ struct gate_up_problem {
 #pragma unroll
             for (int i = 0; i < 4; ++i)
                 pairs[i] = T::round2(y[2 * i], y[2 * i + 1]);
-            Gemm::out_put(smem, j % kBlocks, pairs);
+            Gemm::out_put(out, j % kBlocks, pairs);
             if ((j + 2) % kBlocks == 0)
-                Gemm::out_copy(smem, work, args.intermediate, args.intermediate_stride,
+                Gemm::out_copy(out, work, args.intermediate, args.intermediate_stride,
                                work.col_begin / 2 + (j + 2 - kBlocks) * 8, args.intermediate_size);
         }
     }
@@ -68,43 +67,47 @@ struct gate_up_problem {
     // Where not gated there are twice as many outputs.
     template <class Gemm>
     __device__ __forceinline__ void
-    write_any(typename Gemm::shared &smem, const typename Gemm::work &work,
-              const float (&sums)[Gemm::kSums], const float (&weight)[2]) const
+    write_any(const typename Gemm::results &to, const float (&sums)[Gemm::kSums], const float (&weight)[2]) const
     {
         constexpr int kBlocks = Gemm::kOutCols / 8, kHalfBlocks = Gemm::kCols / 16,
-                      kHalf = Gemm::kSums / 2;
+                      kHalf = Gemm::kSums / 2, kAtOnce = Gemm::kFewRegisters ? 1 : 2;
         bool gated = args.gated;
-        weight_rows rows = gate_up_rows<T>(work.expert, args);
-        int32_t out = gated ? work.col_begin / 2 : work.col_begin;
 #pragma unroll 1
-        for (int part = 0; part < (gated ? 1 : 2); ++part) {
+        for (int part = 0; part < (gated ? 1 : 2); ++part)
 #pragma unroll 1
-            for (int j = 0; j < kHalfBlocks; j += 2, out += 16) {
-                uint32_t pairs[4];
+        for (int j = 0; j < kHalfBlocks; j += 2) {
+            uint32_t pairs[4];
+            // the sums leave few registers: nothing that follows from these is kept over the loop
+            const uint32_t out = to.out();
+            const auto work = to.work();
+            weight_rows rows = gate_up_rows<T>(work.expert, args);
+            int32_t col = (gated ? work.col_begin / 2 : work.col_begin) + (part * kHalfBlocks + j) * 8;
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    float g[4], u[4], y[4];
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+                for (int block = 0; block < 2; block += kAtOnce) {
+                    float g[2 * kAtOnce], u[2 * kAtOnce], y[2 * kAtOnce];
 #pragma unroll
                     for (int from = 0; from < kHalfBlocks;
                          from += 2) // registers have no index: compare
 #pragma unroll
-                        for (int i = 0; i < 4; ++i) {
-                            int at = (from + i / 2) * 4 + half * 2 + i % 2;
+                        for (int i = 0; i < 2 * kAtOnce; ++i) {
+                            int at = (from + block + i / 2) * 4 + half * 2 + i % 2;
                             if (from == j) {
                                 g[i] = part == 0 ? sums[at] : sums[at + kHalf];
                                 u[i] = gated ? sums[at + kHalf] : 1.0f;
                             }
                         }
-                    make_outputs(y, g, u, out + Gemm::lane_col(0), 8, weight[half], work.expert,
-                                 rows, args);
-                    pairs[half] = T::round2(y[0], y[1]);
-                    pairs[2 + half] = T::round2(y[2], y[3]);
+                    make_outputs(y, g, u, col + Gemm::lane_col(block), 8, weight[half],
+                                 work.expert, rows, args);
+#pragma unroll
+                    for (int i = 0; i < kAtOnce; ++i)
+                        pairs[half + 2 * (block + i)] = T::round2(y[2 * i], y[2 * i + 1]);
                 }
-                Gemm::out_put(smem, j % kBlocks, pairs);
-                if ((j + 2) % kBlocks == 0)
-                    Gemm::out_copy(smem, work, args.intermediate, args.intermediate_stride,
-                                   out + 16 - Gemm::kOutCols, args.intermediate_size);
-            }
+            Gemm::out_put(out, j % kBlocks, pairs);
+            if ((j + 2) % kBlocks == 0)
+                Gemm::out_copy(out, work, args.intermediate, args.intermediate_stride,
+                               col + 16 - Gemm::kOutCols, args.intermediate_size);
         }
     }
 };

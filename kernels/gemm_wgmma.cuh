@@ -21,7 +21,6 @@
 template <class Type, bool kGather, int kRows_, int kCols_, int kTileK_, int kStages_>
 struct gemm_wgmma {
     static constexpr int kRows = kRows_, kCols = kCols_, kTileK = kTileK_, kStages = kStages_;
-    static constexpr int kOutCols = MOE_GEMM_OUT_COLS_sm90a(kRows, kCols, kTileK, kStages);
     using T = Type;
     using element = typename Type::element;
 
@@ -30,35 +29,42 @@ struct gemm_wgmma {
     static constexpr int kCopyThreads = 32 * MOE_GEMM_PRODUCERS_sm90a;
     static constexpr int kChunks = kTileK / 8; // 16-byte chunks of a row of a stage
     static constexpr int kPassRows = kCopyThreads / kChunks;
+    static constexpr int kPasses = kRows / kPassRows;
     static constexpr int kTokenBytes = kRows * kTileK * 2; // of a stage
     static constexpr int kGroupBytes = 64 * kTileK * 2;    // the rows of one math warpgroup
     static constexpr int kWeightBytes = kCols * kTileK * 2;
     static constexpr int kBoxRows = MOE_GEMM_WEIGHT_BOX_sm90a(kCols); // two boxes a stage
     static constexpr int kSums = kCols / 2;                           // of a thread
+    // Without room of their own results leave through the token rows of their tile's last stage, 64 columns at a time.
+    static constexpr bool kOutInRing = MOE_GEMM_OUT_COLS_sm90a(kRows, kCols, kTileK, kStages) == 0;
+    static constexpr int kOutCols =
+        kOutInRing ? kTileK : MOE_GEMM_OUT_COLS_sm90a(kRows, kCols, kTileK, kStages);
     static constexpr int kOutPitch = kOutCols * 2 + 16; // bytes; eight rows lie in different banks
     // What the launch gives (65536, or what it rounds that to) goes to whoever needs it.
-    static constexpr int kMathRegisters = kGroups == 2 ? 216 : 152;
-    static constexpr int kCopyRegisters = kGroups == 2 ? 72 : 56;
+    static constexpr bool kFewRegisters = kGroups == 3 && kCols == 256; // for the copies
+    static constexpr int kMathRegisters = kGroups == 2 ? 216 : kFewRegisters ? 160 : 152;
+    static constexpr int kCopyRegisters = kGroups == 2 ? 72 : kFewRegisters ? 32 : 56;
     static_assert(kMathThreads * kMathRegisters + kCopyThreads * kCopyRegisters <= 65536);
     // Tiles in a column before the next column: neighbours in time share weights and token rows in L2.
+    static constexpr bool kLate = kFewRegisters && kGather;
     static constexpr uint32_t kRaster = 8;
     // Items a block knows ahead: it takes the first kAhead at fixed places, then whatever is next when it gets there.
     // Between the producer and the slowest math warp lie at most kStages + kAhead of them.
     static constexpr uint32_t kAhead = 3, kItems = 16;
     // In tiles of few steps each warpgroup starts kLag steps behind the one before: one's results leave during the
     // others' math.
-    static constexpr int32_t kLag = kGroups == 2 ? 2 : 1, kLagSteps = 4;
+    static constexpr int32_t kLag = kGroups == 2 ? 2 : 1, kLagSteps = kFewRegisters ? 0 : 4;
 
     static_assert(kTileK == MOE_MAP_COLS, "a row of a stage is the 128 bytes of the swizzle");
     static_assert(kCols == 256 || kCols == 192 || kCols == 128, "wgmma() below");
-    static_assert(kGroups == 2 || (kGroups == 3 && kCols < 256), "registers for the sums");
+    static_assert(kGroups == 2 || kGroups == 3, "registers for the sums");
     static_assert(kChunks == 8 && kPassRows == 16,
                   "copy_tile: eight lanes a row, four passes for 64 rows");
 
     struct shared {
         alignas(1024) unsigned char token[kStages][kTokenBytes];
         alignas(1024) unsigned char weight[kStages][kWeightBytes];
-        alignas(128) unsigned char out[kRows][kOutPitch];
+        alignas(128) unsigned char out[kOutInRing ? 1 : kRows][kOutInRing ? 16 : kOutPitch];
         // landed: all bytes of a stage and every gathering thread; read: its wgmma are done, one per math warp
         alignas(8) uint64_t landed[kStages];
         uint64_t read[kStages];
@@ -66,7 +72,10 @@ struct gemm_wgmma {
         // n % 2, for the producer warps; turn: this math warpgroup is kLag steps into a tile, one arrival per warp
         int4 work[kItems];
         uint32_t item[2];
+        // token of row r of tile n at [n % 2][r % kPassRows][r / kPassRows], where registers cannot hold it
+        alignas(16) int32_t row_token[kFewRegisters ? 2 : 1][kPassRows][kFewRegisters ? kPasses : 4];
         uint64_t turn[kGroups - 1];
+        alignas(16) uint4 kept[kFewRegisters ? kMathThreads / 32 : 1];
     };
     static_assert(sizeof(shared) <= MOE_GEMM_SMEM_BYTES_sm90a(kRows, kCols, kTileK, kStages),
                   "the host launches with the size that its macro gives");
@@ -82,14 +91,14 @@ struct gemm_wgmma {
 
     static __device__ __forceinline__ void put_work(shared &smem, uint32_t tile, const work &work)
     {
-        smem.work[tile % kItems] =
-            make_int4(work.expert, work.row_begin, work.num_rows, work.col_begin);
+        smem.work[tile % kItems] = make_int4(work.expert, work.row_begin, work.num_rows,
+                                             work.col_begin | static_cast<int32_t>(work.alone));
     }
 
     static __device__ __forceinline__ work get_work(const shared &smem, uint32_t tile)
     {
         int4 held = smem.work[tile % kItems];
-        return {held.x, held.y, held.z, held.w, false};
+        return {held.x, held.y, held.z, held.w & ~1, (held.w & 1) != 0};
     }
 
     // The list as items: all column tiles of kRaster entries, then of the next kRaster entries.
@@ -165,7 +174,7 @@ struct gemm_wgmma {
 
     // Pass p brings row t / kChunks + p * kPassRows. Its slot, asked for a tile ahead, is held by one of the eight threads
     // of the row, p % 8 of them, at p / 8: the addresses of this tile's rows need the registers.
-    static constexpr int kPasses = kRows / kPassRows, kHeld = (kPasses + 7) / 8;
+    static constexpr int kHeld = (kPasses + 7) / 8;
 
     // The slots of a tile's rows, asked for a tile ahead.
     template <class Problem>
@@ -230,6 +239,105 @@ struct gemm_wgmma {
         }
     }
 
+    // The same with few registers: what a tile is and which tokens it has lies in shared memory.
+    template <class Problem>
+    static __device__ __forceinline__ void copy_tile_few(shared &smem, position &at, uint32_t tile,
+                                                         const Problem &problem)
+    {
+        if constexpr (!kGather) {
+            for (int32_t k = 0; k < problem.k_size; k += kTileK, at.next()) {
+                mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
+                copy_boxes(smem, at.stage, get_work(smem, tile), k, problem);
+            }
+        } else {
+            int32_t thread = threadIdx.x - kMathThreads;
+            int32_t row = thread / kChunks, k = thread % kChunks * 8;
+            uint32_t offset = row * (kTileK * 2) + ((thread % kChunks ^ (row & 7)) << 4);
+            uint32_t held = shared_address(smem.row_token[tile % 2][row]);
+            int32_t num_rows = get_work(smem, tile).num_rows;
+            for (int32_t step = problem.k_size; step > 0; step -= kTileK, k += kTileK, at.next()) {
+                mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
+                if (thread == 0) copy_boxes(smem, at.stage, get_work(smem, tile), k, problem);
+                uint32_t to = shared_address(smem.token[at.stage]) + offset;
+                const auto *from = problem.tokens() + k;
+#pragma unroll
+                for (int group = 0; group < kGroups; ++group) {
+                    if (num_rows <= group * 64) break;
+                    uint4 four = load_shared_16(held + group * 16);
+                    int32_t token[4] = {static_cast<int32_t>(four.x), static_cast<int32_t>(four.y),
+                                        static_cast<int32_t>(four.z), static_cast<int32_t>(four.w)};
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        bool valid = token[i] >= 0 && k < problem.k_size;
+                        cp_async_16_wide(to + (group * 4 + i) * (kPassRows * kTileK * 2),
+                                         from + max(token[i], 0) * problem.token_stride(),
+                                         valid ? 16 : 0);
+                    }
+                }
+                cp_async_arrive(shared_address(&smem.landed[at.stage]));
+            }
+        }
+    }
+
+    // The slots of a tile's rows, asked for a tile ahead, and where their tokens then lie.
+    template <class Problem>
+    static __device__ __forceinline__ void put_tokens(shared &smem, uint32_t tile,
+                                                      const int32_t (&slot)[kHeld],
+                                                      const Problem &problem)
+    {
+        int32_t thread = threadIdx.x - kMathThreads;
+#pragma unroll
+        for (int held = 0; held < kHeld; ++held) {
+            int32_t row = thread + held * kCopyThreads;
+            if (row < kRows)
+                smem.row_token[tile % 2][row % kPassRows][row / kPassRows] =
+                    token_of(slot[held], problem.args);
+        }
+    }
+
+    template <class Problem>
+    static __device__ __forceinline__ void produce_few(shared &smem, position &at, const list &list,
+                                                       const work &first_work,
+                                                       const Problem &problem)
+    {
+        const auto &args = problem.args;
+        const int32_t thread = threadIdx.x - kMathThreads;
+        uint32_t item = blockIdx.x + gridDim.x, after = item + gridDim.x;
+        int32_t *taken = const_cast<int32_t *>(args.num_tiles) + Problem::kTaken;
+        int32_t slot[kHeld];
+        if (thread == 0) put_work(smem, 0, first_work);
+        int32_t num_rows = first_work.num_rows, row_begin = first_work.row_begin;
+        for (uint32_t tile = 0; num_rows >= 0; ++tile) {
+            if constexpr (kGather) {
+                if (tile == 0) load_slots_few(slot, row_begin, num_rows, args);
+                put_tokens(smem, tile, slot, problem);
+            }
+            if (thread == 0) {
+                put_work(smem, tile + 1, list.find(item));
+                item = after;
+                after = kAhead * gridDim.x + atomicAdd(taken, 1);
+            }
+            if constexpr (kGather) {
+                producer_sync();
+                const auto next = get_work(smem, tile + 1);
+                load_slots_few(slot, next.row_begin, next.num_rows, args);
+            }
+            copy_tile_few(smem, at, tile, problem);
+            num_rows = get_work(smem, tile + 1).num_rows;
+        }
+    }
+
+    template <class Args>
+    static __device__ __forceinline__ void load_slots_few(int32_t (&slot)[kHeld], int32_t row_begin,
+                                                          int32_t num_rows, const Args &args)
+    {
+#pragma unroll
+        for (int held = 0; held < kHeld; ++held) {
+            int32_t row = threadIdx.x - kMathThreads + held * kCopyThreads;
+            slot[held] = row < num_rows ? args.sorted_token_ids[row_begin + row] : -1;
+        }
+    }
+
     // ---------------------------------------------------------------------------------------------
     // The math warpgroups
     // ---------------------------------------------------------------------------------------------
@@ -238,8 +346,20 @@ struct gemm_wgmma {
                                                  uint64_t weight, int32_t scale_d)
     {
         constexpr bool kBf16 = Type::kDtype == MOE_BF16;
-        if constexpr (kCols == 256 && kBf16) wgmma_m64n256k16_bf16(sums, token, weight, scale_d);
-        if constexpr (kCols == 256 && !kBf16) wgmma_m64n256k16_f16(sums, token, weight, scale_d);
+        if constexpr (kCols == 256 && kGroups == 3) { // one instruction has to fit the registers of the launch
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                auto &of = reinterpret_cast<float(&)[64]>(sums[half * 64]);
+                uint64_t rows = weight + half * (kWeightBytes / 2 >> 4);
+                if constexpr (kBf16)
+                    wgmma_m64n128k16_bf16(of, token, rows, scale_d);
+                else
+                    wgmma_m64n128k16_f16(of, token, rows, scale_d);
+            }
+            return;
+        }
+        if constexpr (kCols == 256 && kGroups == 2 && kBf16) wgmma_m64n256k16_bf16(sums, token, weight, scale_d);
+        if constexpr (kCols == 256 && kGroups == 2 && !kBf16) wgmma_m64n256k16_f16(sums, token, weight, scale_d);
         if constexpr (kCols == 192 && kBf16) wgmma_m64n192k16_bf16(sums, token, weight, scale_d);
         if constexpr (kCols == 192 && !kBf16) wgmma_m64n192k16_f16(sums, token, weight, scale_d);
         if constexpr (kCols == 128 && kBf16) wgmma_m64n128k16_bf16(sums, token, weight, scale_d);
@@ -254,7 +374,7 @@ struct gemm_wgmma {
     {
         uint32_t group = threadIdx.x / 128;
         // The ring does not hold so much that one could be two turns ahead of the next.
-        bool staggered = num_rows > 64 && num_steps <= kLagSteps && num_steps + kLag > kStages;
+        bool staggered = kLagSteps > 0 && num_rows > 64 && num_steps <= kLagSteps && num_steps + kLag > kStages;
         if (staggered && group > 0) {
             mbarrier_wait(shared_address(&smem.turn[group - 1]), turn);
             turn ^= 1;
@@ -293,7 +413,10 @@ struct gemm_wgmma {
         }
         after_last();
         wgmma_wait<0>();
-        release_stage(smem.read[before]);
+        if constexpr (kOutInRing)
+            named_barrier_sync(2 + group, 128); // every warp is done with the token rows
+        else
+            release_stage(smem.read[before]);
     }
 
     // ---------------------------------------------------------------------------------------------
@@ -307,34 +430,72 @@ struct gemm_wgmma {
         return j * 8 + threadIdx.x % 4 * 2;
     }
 
+    // The warp's 16 rows of results in shared memory.
+    static __device__ __forceinline__ uint32_t out_rows(shared &smem, uint32_t stage)
+    {
+        uint32_t warp = threadIdx.x / 32;
+        if constexpr (kOutInRing)
+            return shared_address(smem.token[stage]) + warp * (16 * kTileK * 2);
+        else
+            return shared_address(smem.out) + warp * (16 * kOutPitch);
+    }
+
+    // 16 bytes of them.
+    static __device__ __forceinline__ uint32_t out_chunk(uint32_t out, int32_t row, int32_t chunk)
+    {
+        if constexpr (kOutInRing)
+            return out + row * (kTileK * 2) + ((chunk ^ (row & 7)) << 4);
+        else
+            return out + row * kOutPitch + chunk * 16;
+    }
+
+    // A warp's results: of which tile, and where they are put before they leave. With few registers shared memory knows.
+    struct results {
+        shared &smem;
+        uint32_t tile, stage;
+
+        __device__ __forceinline__ uint4 kept() const
+        {
+            return load_shared_16(shared_address(&smem.kept[threadIdx.x / 32]));
+        }
+        __device__ __forceinline__ struct work work() const
+        {
+            return get_work(smem, kFewRegisters ? kept().w : tile);
+        }
+        __device__ __forceinline__ uint32_t out() const
+        {
+            return out_rows(smem, kFewRegisters ? kept().z : stage);
+        }
+    };
+
     // Blocks j and j + 1 of the warp's 16 rows, of the kOutCols / 8 that shared memory holds:
     // pairs[2 (j' - j) + half] is two rounded neighbours.
-    static __device__ __forceinline__ void out_put(shared &smem, int32_t j,
+    static __device__ __forceinline__ void out_put(uint32_t out, int32_t j,
                                                    const uint32_t (&pairs)[4])
     {
-        int32_t lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
-        stmatrix_x4(shared_address(smem.out[row]) + (j + lane / 16) * 16, pairs);
+        int32_t lane = threadIdx.x % 32;
+        stmatrix_x4(out_chunk(out, lane % 16, j + lane / 16), pairs);
     }
 
     // The warp's rows go to base + (row_begin + row) * stride + col, those columns below num_cols: rows in one piece,
     // 16 bytes a lane.
-    static __device__ __forceinline__ void out_copy(shared &smem, const work &work, void *base,
+    static __device__ __forceinline__ void out_copy(uint32_t out, const work &work, void *base,
                                                     int64_t stride, int32_t col, int32_t num_cols)
     {
         constexpr int kLanes = kOutCols / 8, kAtOnce = 32 / kLanes; // lanes for a row; rows at once
         int32_t lane = threadIdx.x % 32, chunk = lane % kLanes * 8;
-        int32_t begin = threadIdx.x / 32 * 16, row = begin + lane / kLanes;
-        int32_t end = min(work.num_rows, begin + 16);
+        int32_t begin = threadIdx.x / 32 * 16, row = lane / kLanes;
+        int32_t end = min(work.num_rows - begin, 16);
         if (lane >= kLanes * kAtOnce || chunk >= num_cols - col) end = 0;
         element *to =
-            static_cast<element *>(base) + (int64_t{work.row_begin} + row) * stride + col + chunk;
+            static_cast<element *>(base) + (int64_t{work.row_begin} + begin + row) * stride + col + chunk;
         __syncwarp();
 #pragma unroll
         for (int r = 0; r < 16; r += kAtOnce) {
             if (row + r < end) {
-                uint4 held = *reinterpret_cast<const uint4 *>(&smem.out[row + r][chunk * 2]);
+                uint4 held = load_shared_16(out_chunk(out, row + r, chunk / 8));
                 if constexpr (kGather)
-                    *reinterpret_cast<uint4 *>(to) = held; // down reads it soon
+                    __stwb(reinterpret_cast<uint4 *>(to), held); // down reads it soon
                 else
                     __stcs(reinterpret_cast<uint4 *>(to), held); // more than L2 holds
             }
@@ -363,7 +524,7 @@ struct gemm_wgmma {
 
     // All tiles of this block. Problem: weights, tokens: the maps; box(col, part, rows) -> coordinates of half the
     // weights of a tile; tokens(), token_stride(): of gathered rows;
-    // write(smem, work, sums, weight of this thread's two rows); args, num_cols, k_size; kTaken: which
+    // write(out, work, sums, weight of this thread's two rows); args, num_cols, k_size; kTaken: which
     // number behind num_tiles counts the items taken.
     template <class Problem>
     static __device__ __forceinline__ void run(shared &smem, const Problem &problem)
@@ -380,6 +541,11 @@ struct gemm_wgmma {
 
         if (threadIdx.x >= kMathThreads) {
             set_registers_fewer<kCopyRegisters>();
+            if constexpr (kFewRegisters) {
+                if (kGather || threadIdx.x == kMathThreads)
+                    produce_few(smem, at, list, work, problem);
+                return;
+            }
             const bool first = threadIdx.x == kMathThreads;
             auto next = list.find(blockIdx.x + gridDim.x);
             uint32_t item = blockIdx.x + 2 * gridDim.x;
@@ -423,9 +589,45 @@ struct gemm_wgmma {
                     for (int half = 0; half < 2; ++half)
                         weight[half] = weight_of(slot[half], args);
                 };
-                multiply(sums, smem, at, num_rows, num_steps, turn, load_slot, load_weight);
-                if (static_cast<int32_t>(threadIdx.x / 128 * 64) < num_rows)
-                    problem.template write<gemm_wgmma>(smem, get_work(smem, tile), sums, weight);
+                auto load_first = [&] {
+                    if constexpr (!kLate) load_slot();
+                };
+                auto load_last = [&] {
+                    if constexpr (!kLate) load_weight();
+                };
+                multiply(sums, smem, at, num_rows, num_steps, turn, load_first, load_last);
+                if (static_cast<int32_t>(threadIdx.x / 128 * 64) < num_rows) {
+                    uint32_t last = (at.stage + kStages - 1) % kStages, warp = threadIdx.x / 32;
+                    if constexpr (kFewRegisters) {
+                        if (threadIdx.x % 32 == 0)
+                            smem.kept[warp] = make_uint4(at.stage, at.parity, last, tile);
+                        __syncwarp();
+                    }
+                    if constexpr (kLate)
+                        if (args.topk_weights) {
+                            const auto own = get_work(smem, tile);
+                            int32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+                            for (int half = 0; half < 2; ++half) {
+                                asm volatile("" : "+r"(row) : : "memory");
+                                weight[half] =
+                                    weight_of(row + half * 8 < own.num_rows
+                                                  ? args.sorted_token_ids[own.row_begin + row + half * 8]
+                                                  : -1,
+                                              args);
+                            }
+                        }
+                    problem.template write<gemm_wgmma>(results{smem, tile, last}, sums,
+                                                       weight);
+                    if constexpr (kFewRegisters) {
+                        uint4 kept = load_shared_16(shared_address(&smem.kept[warp]));
+                        at.stage = kept.x, at.parity = kept.y, last = kept.z, tile = kept.w;
+                    }
+                    if constexpr (kOutInRing) {
+                        if constexpr (!kGather) fence_proxy_async(); // the copy engine writes next
+                        release_stage(smem.read[last]);
+                    }
+                }
                 num_rows = get_work(smem, tile + 1).num_rows;
             }
         }
