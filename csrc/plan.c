@@ -306,6 +306,7 @@ static int32_t most_swap_rows(const moe_problem *p, const moe_device_info *d)
  * for every SM. Elsewhere they were measured to be slower (docs/notes/hopper_kernels.md). */
 static bool wants_tall(const variant *v, const gemm_shape *s, const moe_device_info *d)
 {
+    if (v->rows > TALL_ROWS) return false;
     /* measured: 128 columns are slower than 192 unless these are padding to a quarter */
     const bool wasteful = ceil_div(s->weight_rows, 192) * 192 * 4 >= s->weight_rows * 5;
     if (v->cols < 192 && !wasteful) return false;
@@ -323,7 +324,7 @@ static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem 
             !usable(&VARIANTS[i], stage, p, d) || !allowed(i, stage, p, d))
             continue;
         if (d->tile_rows == 0 && d->gate_up_row <= 0 && d->down_row <= 0 &&
-            tile_rows == TALL_ROWS && !wants_tall(&VARIANTS[i], s, d))
+            tile_rows >= TALL_ROWS && !wants_tall(&VARIANTS[i], s, d))
             continue;
         const double cost = gemm_us(&VARIANTS[i], s, d);
         if (best < 0 || cost < *us) {

@@ -25,41 +25,43 @@ struct down_problem {
     write(const typename Gemm::results &to, const float (&sums)[Gemm::kSums],
           const float (&weight)[2]) const
     {
-        const uint32_t out = to.out();
-        const auto work = to.work();
         if (args.w2_bias)
-            write<Gemm, true>(out, work, sums, weight);
+            write<Gemm, true>(to, sums, weight);
         else
-            write<Gemm, false>(out, work, sums, weight);
+            write<Gemm, false>(to, sums, weight);
     }
 
     template <class Gemm, bool kBias>
-    __device__ __forceinline__ void
-    write(uint32_t out, const typename Gemm::work &work,
-          const float (&sums)[Gemm::kSums], const float (&weight)[2]) const
+    __device__ __forceinline__ void write(const typename Gemm::results &to,
+                                          const float (&sums)[Gemm::kSums],
+                                          const float (&weight)[2]) const
     {
         constexpr int kBlocks = Gemm::kOutCols / 8;
 #pragma unroll
-        for (int j = 0; j < Gemm::kCols / 8; j += 2) {
-            float bias[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        for (int begin = 0; begin < Gemm::kCols / 8; begin += kBlocks) {
+            const uint32_t out = to.out();
+            const auto work = to.work();
+            const int32_t first = work.col_begin + begin * 8;
 #pragma unroll
-            for (int i = 0; i < 4 * kBias; ++i) {
-                int32_t col = work.col_begin + Gemm::lane_col(j + i / 2) + i % 2;
-                if (col < num_cols)
-                    bias[i] = load_f32(args.w2_bias, work.expert * args.w2_bias_stride + col,
-                                       args.w2_bias_dtype);
-            }
-            uint32_t pairs[4];
+            for (int j = 0; j < kBlocks; j += 2) {
+                float bias[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float z[2] = {sums[j * 4 + i * 2], sums[j * 4 + i * 2 + 1]};
-                if constexpr (kBias) z[0] += bias[i / 2 * 2], z[1] += bias[i / 2 * 2 + 1];
-                pairs[i] = T::round2(z[0] * weight[i % 2], z[1] * weight[i % 2]);
+                for (int i = 0; i < 4 * kBias; ++i) {
+                    int32_t col = first + Gemm::lane_col(j + i / 2) + i % 2;
+                    if (col < num_cols)
+                        bias[i] = load_f32(args.w2_bias, work.expert * args.w2_bias_stride + col,
+                                           args.w2_bias_dtype);
+                }
+                uint32_t pairs[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    float z[2] = {sums[(begin + j) * 4 + i * 2], sums[(begin + j) * 4 + i * 2 + 1]};
+                    if constexpr (kBias) z[0] += bias[i / 2 * 2], z[1] += bias[i / 2 * 2 + 1];
+                    pairs[i] = T::round2(z[0] * weight[i % 2], z[1] * weight[i % 2]);
+                }
+                Gemm::out_put(out, j, pairs);
             }
-            Gemm::out_put(out, j % kBlocks, pairs);
-            if ((j + 2) % kBlocks == 0)
-                Gemm::out_copy(out, work, args.rows, args.rows_stride,
-                               work.col_begin + (j + 2 - kBlocks) * 8, num_cols);
+            Gemm::out_copy(to.out(), to.work(), args.rows, args.rows_stride, first, num_cols);
         }
     }
 };

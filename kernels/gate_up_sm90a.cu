@@ -36,31 +36,36 @@ struct gate_up_problem {
     {
         if (args.activation == MOE_ACT_SILU && args.gated && !args.w13_bias && !args.topk_weights &&
             !(args.activation_limit > 0.0f))
-            write_silu<Gemm>(to.out(), to.work(), sums);
+            write_silu<Gemm>(to, sums);
         else
             write_any<Gemm>(to, sums, weight);
     }
 
     template <class Gemm>
-    __device__ __forceinline__ void write_silu(uint32_t out,
-                                               const typename Gemm::work &work,
+    __device__ __forceinline__ void write_silu(const typename Gemm::results &to,
                                                const float (&sums)[Gemm::kSums]) const
     {
         constexpr int kBlocks = Gemm::kOutCols / 8;
 #pragma unroll
-        for (int j = 0; j < Gemm::kCols / 16; j += 2) {
-            float y[8];
+        for (int begin = 0; begin < Gemm::kCols / 16; begin += kBlocks) {
+            const uint32_t out = to.out();
 #pragma unroll
-            for (int i = 0; i < 8; ++i)
-                y[i] = swish(sums[j * 4 + i], 1.0f) * sums[j * 4 + i + Gemm::kSums / 2];
-            uint32_t pairs[4];
+            for (int j = 0; j < kBlocks && begin + j < Gemm::kCols / 16; j += 2) {
+                float y[8];
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                pairs[i] = T::round2(y[2 * i], y[2 * i + 1]);
-            Gemm::out_put(out, j % kBlocks, pairs);
-            if ((j + 2) % kBlocks == 0)
-                Gemm::out_copy(out, work, args.intermediate, args.intermediate_stride,
-                               work.col_begin / 2 + (j + 2 - kBlocks) * 8, args.intermediate_size);
+                for (int i = 0; i < 8; ++i)
+                    y[i] = swish(sums[(begin + j) * 4 + i], 1.0f) *
+                           sums[(begin + j) * 4 + i + Gemm::kSums / 2];
+                uint32_t pairs[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    pairs[i] = T::round2(y[2 * i], y[2 * i + 1]);
+                Gemm::out_put(out, j, pairs);
+            }
+            const auto work = to.work();
+            Gemm::out_copy(out, work, args.intermediate, args.intermediate_stride,
+                           work.col_begin / 2 + begin * 8,
+                           min(args.intermediate_size, (work.col_begin + Gemm::kCols) / 2));
         }
     }
 
@@ -70,13 +75,15 @@ struct gate_up_problem {
     write_any(const typename Gemm::results &to, const float (&sums)[Gemm::kSums], const float (&weight)[2]) const
     {
         constexpr int kBlocks = Gemm::kOutCols / 8, kHalfBlocks = Gemm::kCols / 16,
-                      kHalf = Gemm::kSums / 2, kAtOnce = Gemm::kFewRegisters ? 1 : 2;
+                      kHalf = Gemm::kSums / 2, kAtOnce = Gemm::kSums > 96 ? 1 : 2;
         bool gated = args.gated;
 #pragma unroll 1
         for (int part = 0; part < (gated ? 1 : 2); ++part)
 #pragma unroll 1
         for (int j = 0; j < kHalfBlocks; j += 2) {
             uint32_t pairs[4];
+            int32_t second = part, with_up = gated;
+            asm volatile("" : "+r"(second), "+r"(with_up)); // not chosen for all sums ahead
             // the sums leave few registers: nothing that follows from these is kept over the loop
             const uint32_t out = to.out();
             const auto work = to.work();
@@ -94,8 +101,8 @@ struct gate_up_problem {
                         for (int i = 0; i < 2 * kAtOnce; ++i) {
                             int at = (from + block + i / 2) * 4 + half * 2 + i % 2;
                             if (from == j) {
-                                g[i] = part == 0 ? sums[at] : sums[at + kHalf];
-                                u[i] = gated ? sums[at + kHalf] : 1.0f;
+                                g[i] = second == 0 ? sums[at] : sums[at + kHalf];
+                                u[i] = with_up ? sums[at + kHalf] : 1.0f;
                             }
                         }
                     make_outputs(y, g, u, col + Gemm::lane_col(block), 8, weight[half],
@@ -105,9 +112,9 @@ struct gate_up_problem {
                         pairs[half + 2 * (block + i)] = T::round2(y[2 * i], y[2 * i + 1]);
                 }
             Gemm::out_put(out, j % kBlocks, pairs);
-            if ((j + 2) % kBlocks == 0)
+            if ((j + 2) % kBlocks == 0 || j + 2 == kHalfBlocks)
                 Gemm::out_copy(out, work, args.intermediate, args.intermediate_stride,
-                               col + 16 - Gemm::kOutCols, args.intermediate_size);
+                               col - j % kBlocks * 8, min(args.intermediate_size, col + 16));
         }
     }
 };

@@ -24,14 +24,15 @@ struct gemm_wgmma {
     using T = Type;
     using element = typename Type::element;
 
-    static constexpr int kGroups = kRows / 64; // math warpgroups: one for 64 rows
+    static constexpr int kBlocks = kRows == 256 ? 2 : 1;  // of 64 rows, of a math warpgroup
+    static constexpr int kGroups = kRows / (64 * kBlocks); // math warpgroups
     static constexpr int kMathThreads = kGroups * 128;
     static constexpr int kCopyThreads = 32 * MOE_GEMM_PRODUCERS_sm90a;
     static constexpr int kChunks = kTileK / 8; // 16-byte chunks of a row of a stage
     static constexpr int kPassRows = kCopyThreads / kChunks;
     static constexpr int kPasses = kRows / kPassRows;
     static constexpr int kTokenBytes = kRows * kTileK * 2; // of a stage
-    static constexpr int kGroupBytes = 64 * kTileK * 2;    // the rows of one math warpgroup
+    static constexpr int kBlockBytes = 64 * kTileK * 2; // 64 rows of a stage
     static constexpr int kWeightBytes = kCols * kTileK * 2;
     static constexpr int kBoxRows = MOE_GEMM_WEIGHT_BOX_sm90a(kCols); // two boxes a stage
     static constexpr int kSums = kCols / 2;                           // of a thread
@@ -41,9 +42,12 @@ struct gemm_wgmma {
         kOutInRing ? kTileK : MOE_GEMM_OUT_COLS_sm90a(kRows, kCols, kTileK, kStages);
     static constexpr int kOutPitch = kOutCols * 2 + 16; // bytes; eight rows lie in different banks
     // What the launch gives (65536, or what it rounds that to) goes to whoever needs it.
-    static constexpr bool kFewRegisters = kGroups == 3 && kCols == 256; // for the copies
-    static constexpr int kMathRegisters = kGroups == 2 ? 216 : kFewRegisters ? 160 : 152;
-    static constexpr int kCopyRegisters = kGroups == 2 ? 72 : kFewRegisters ? 32 : 56;
+    static constexpr bool kTokenRegisters = kGroups == 3 && kCols == 224;
+    static constexpr bool kFewRegisters = kBlocks * kSums * kGroups > 320; // beside the sums
+    static constexpr int kMathRegisters =
+        kGroups == 2 ? (kFewRegisters ? 232 : 216) : (kFewRegisters ? 160 : 152);
+    static constexpr int kCopyRegisters =
+        kGroups == 2 ? (kFewRegisters ? 48 : 72) : (kFewRegisters ? 32 : 56);
     static_assert(kMathThreads * kMathRegisters + kCopyThreads * kCopyRegisters <= 65536);
     // Tiles in a column before the next column: neighbours in time share weights and token rows in L2.
     static constexpr bool kLate = kFewRegisters && kGather;
@@ -56,7 +60,7 @@ struct gemm_wgmma {
     static constexpr int32_t kLag = kGroups == 2 ? 2 : 1, kLagSteps = kFewRegisters ? 0 : 4;
 
     static_assert(kTileK == MOE_MAP_COLS, "a row of a stage is the 128 bytes of the swizzle");
-    static_assert(kCols == 256 || kCols == 192 || kCols == 128, "wgmma() below");
+    static_assert(kCols == 256 || kCols == 224 || kCols == 192 || kCols == 128, "wgmma() below");
     static_assert(kGroups == 2 || kGroups == 3, "registers for the sums");
     static_assert(kChunks == 8 && kPassRows == 16,
                   "copy_tile: eight lanes a row, four passes for 64 rows");
@@ -138,8 +142,8 @@ struct gemm_wgmma {
     // its first thread gives the copy engine its work.
     // ---------------------------------------------------------------------------------------------
 
-    // Math warpgroups with rows; one where the tile has none.
-    static __device__ __forceinline__ int32_t groups_of(const work &work)
+    // Blocks of 64 rows that are not all padding; one where the tile has none.
+    static __device__ __forceinline__ int32_t blocks_of(const work &work)
     {
         return max(work.num_rows + 63, 64) / 64;
     }
@@ -150,15 +154,15 @@ struct gemm_wgmma {
     {
         uint32_t landed = shared_address(&smem.landed[stage]);
         uint32_t bytes = kWeightBytes;
-        if constexpr (!kGather) bytes += groups_of(work) * kGroupBytes;
+        if constexpr (!kGather) bytes += blocks_of(work) * kBlockBytes;
         mbarrier_arrive_expect_tx(landed, bytes);
         if constexpr (!kGather) {
             uint32_t to = shared_address(smem.token[stage]);
 #pragma unroll
-            for (int group = 0; group < kGroups; ++group)
-                if (group < groups_of(work))
-                    tensor_copy_4d(to + group * kGroupBytes, problem.tokens, k,
-                                   work.row_begin + group * 64, 0, 0, landed);
+            for (int block = 0; block < kRows / 64; ++block)
+                if (block < blocks_of(work))
+                    tensor_copy_4d(to + block * kBlockBytes, problem.tokens, k,
+                                   work.row_begin + block * 64, 0, 0, landed);
         }
         uint32_t to = shared_address(smem.weight[stage]);
 #pragma unroll
@@ -225,7 +229,7 @@ struct gemm_wgmma {
                 uint32_t to = shared_address(smem.token[at.stage]) + offset;
                 uint32_t valid = k + chunk < problem.k_size ? token_valid : 0;
 #pragma unroll
-                for (int group = 0; group < kGroups; ++group) {
+                for (int group = 0; group < kRows / 64; ++group) {
                     if (work.num_rows <= group * 64) break;
 #pragma unroll
                     for (int pass = group * 4; pass < group * 4 + 4; ++pass) {
@@ -261,7 +265,7 @@ struct gemm_wgmma {
                 uint32_t to = shared_address(smem.token[at.stage]) + offset;
                 const auto *from = problem.tokens() + k;
 #pragma unroll
-                for (int group = 0; group < kGroups; ++group) {
+                for (int group = 0; group < kRows / 64; ++group) {
                     if (num_rows <= group * 64) break;
                     uint4 four = load_shared_16(held + group * 16);
                     int32_t token[4] = {static_cast<int32_t>(four.x), static_cast<int32_t>(four.y),
@@ -349,7 +353,7 @@ struct gemm_wgmma {
         if constexpr (kCols == 256 && kGroups == 3) { // one instruction has to fit the registers of the launch
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                auto &of = reinterpret_cast<float(&)[64]>(sums[half * 64]);
+                auto &of = reinterpret_cast<float(&)[kSums / 2]>(sums[half * (kSums / 2)]);
                 uint64_t rows = weight + half * (kWeightBytes / 2 >> 4);
                 if constexpr (kBf16)
                     wgmma_m64n128k16_bf16(of, token, rows, scale_d);
@@ -366,10 +370,58 @@ struct gemm_wgmma {
         if constexpr (kCols == 128 && !kBf16) wgmma_m64n128k16_f16(sums, token, weight, scale_d);
     }
 
+    // The same with the token rows in registers, in two instructions of half the columns each: one of all would have to
+    // fit the registers of the launch, and each of the two would read the rows again.
+    static __device__ __forceinline__ void wgmma(float (&sums)[kSums], const uint32_t (&token)[4],
+                                                 uint64_t weight, int32_t scale_d)
+    {
+        constexpr bool kBf16 = Type::kDtype == MOE_BF16;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            auto &of = reinterpret_cast<float(&)[kSums / 2]>(sums[half * (kSums / 2)]);
+            const uint64_t rows = weight + half * (kWeightBytes / 2 >> 4);
+            if constexpr (kCols == 256 && kBf16) wgmma_m64n128k16_bf16(of, token, rows, scale_d);
+            if constexpr (kCols == 256 && !kBf16) wgmma_m64n128k16_f16(of, token, rows, scale_d);
+            if constexpr (kCols == 224 && kBf16) wgmma_m64n112k16_bf16(of, token, rows, scale_d);
+            if constexpr (kCols == 224 && !kBf16) wgmma_m64n112k16_f16(of, token, rows, scale_d);
+        }
+    }
+
+    template <class AfterFirst, class AfterLast>
+    static __device__ __forceinline__ void
+    multiply_registers(float (&sums)[kSums], shared &smem, position &at, int32_t num_steps,
+                       AfterFirst after_first, AfterLast after_last)
+    {
+        constexpr int kAtOnce = kCols == 256 ? 1 : 4; // k16 that the registers hold
+        const uint32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 16;
+        for (int32_t step = 0; step < num_steps; ++step) {
+            mbarrier_wait(shared_address(&smem.landed[at.stage]), at.parity);
+            const uint32_t rows = shared_address(smem.token[at.stage]) + row * (kTileK * 2);
+            const uint64_t weight = wgmma_descriptor(shared_address(smem.weight[at.stage]));
+#pragma unroll
+            for (int begin = 0; begin < kTileK / 16; begin += kAtOnce) {
+                uint32_t token[kAtOnce][4];
+#pragma unroll
+                for (int i = 0; i < kAtOnce; ++i)
+                    ldmatrix_x4(token[i], rows + (((begin + i) * 2 + threadIdx.x % 32 / 16 ^ (row & 7)) << 4));
+                wgmma_fence();
+#pragma unroll
+                for (int i = 0; i < kAtOnce; ++i)
+                    wgmma(sums, token[i], weight + (begin + i) * 2, step + begin + i);
+                wgmma_commit();
+                if (begin == 0 && step == 0) after_first();
+                if (begin + kAtOnce == kTileK / 16 && step == num_steps - 1) after_last();
+                wgmma_wait<0>(); // the registers of the rows; the other warpgroups multiply meanwhile
+            }
+            if (step < num_steps - 1) release_stage(smem.read[at.stage]);
+            at.next();
+        }
+    }
+
     // All of K. after_first, after_last: to be done while the products of a tile's first step are under way, of its last.
     template <class AfterFirst, class AfterLast>
     static __device__ __forceinline__ void
-    multiply(float (&sums)[kSums], shared &smem, position &at, int32_t num_rows, int32_t num_steps,
+    multiply(float (&sums)[kBlocks][kSums], shared &smem, position &at, int32_t num_rows, int32_t num_steps,
              uint32_t &turn, AfterFirst after_first, AfterLast after_last)
     {
         uint32_t group = threadIdx.x / 128;
@@ -387,18 +439,41 @@ struct gemm_wgmma {
             }
             return;
         }
+        if constexpr (kTokenRegisters) {
+            multiply_registers(sums[0], smem, at, num_steps, after_first, after_last);
+            return;
+        }
+        if constexpr (kBlocks == 2)
+            if (num_rows <= static_cast<int32_t>((kGroups + group) * 64)) {
+                multiply_blocks<1>(sums, smem, at, num_steps, staggered, after_first, after_last);
+                return;
+            }
+        if constexpr (!kTokenRegisters)
+            multiply_blocks<kBlocks>(sums, smem, at, num_steps, staggered, after_first, after_last);
+    }
+
+    // kHere: blocks of 64 rows that this warpgroup has in this tile.
+    template <int kHere, class AfterFirst, class AfterLast>
+    static __device__ __forceinline__ void
+    multiply_blocks(float (&sums)[kBlocks][kSums], shared &smem, position &at, int32_t num_steps,
+                    bool staggered, AfterFirst after_first, AfterLast after_last)
+    {
+        uint32_t group = threadIdx.x / 128;
         uint32_t before = 0;
         for (int32_t step = 0; step < num_steps; ++step) {
             mbarrier_wait(shared_address(&smem.landed[at.stage]), at.parity);
             // cp.async writes through the generic proxy, wgmma reads through the other
             if constexpr (kGather) fence_proxy_async();
             uint64_t token =
-                wgmma_descriptor(shared_address(smem.token[at.stage]) + group * kGroupBytes);
+                wgmma_descriptor(shared_address(smem.token[at.stage]) + group * kBlockBytes);
             uint64_t weight = wgmma_descriptor(shared_address(smem.weight[at.stage]));
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kTileK / 16; ++k)
-                wgmma(sums, token + k * 2, weight + k * 2, step + k);
+#pragma unroll
+                for (int block = 0; block < kHere; ++block)
+                    wgmma(sums[block], token + block * (kGroups * kBlockBytes >> 4) + k * 2,
+                          weight + k * 2, step + k);
             wgmma_commit();
             if (staggered && group < kGroups - 1 && step == kLag - 1 && threadIdx.x % 32 == 0)
                 mbarrier_arrive(shared_address(&smem.turn[group]));
@@ -453,6 +528,7 @@ struct gemm_wgmma {
     struct results {
         shared &smem;
         uint32_t tile, stage;
+        int32_t block;
 
         __device__ __forceinline__ uint4 kept() const
         {
@@ -460,11 +536,17 @@ struct gemm_wgmma {
         }
         __device__ __forceinline__ struct work work() const
         {
-            return get_work(smem, kFewRegisters ? kept().w : tile);
+            auto of = get_work(smem, kFewRegisters ? kept().w : tile);
+            of.row_begin += block * (kGroups * 64);
+            of.num_rows -= block * (kGroups * 64);
+            return of;
         }
         __device__ __forceinline__ uint32_t out() const
         {
-            return out_rows(smem, kFewRegisters ? kept().z : stage);
+            uint32_t rows = out_rows(smem, kFewRegisters ? kept().z : stage);
+            if constexpr (kOutInRing) rows += block * (kGroups * kBlockBytes);
+            asm volatile("" : "+r"(rows)); // what follows from it is not kept over tiles
+            return rows;
         }
     };
 
@@ -571,23 +653,25 @@ struct gemm_wgmma {
             uint32_t turn = 0;
             // What a tile is stays in shared memory: the sums leave few registers.
             for (int32_t num_rows = work.num_rows; num_rows >= 0; ++tile) {
-                float sums[kSums], weight[2] = {1.0f, 1.0f}; // of this thread's two rows
-                int32_t slot[2];
+                float sums[kBlocks][kSums], weight[kBlocks][2]; // of this thread's rows
+#pragma unroll
+                for (int block = 0; block < kBlocks; ++block)
+                    weight[block][0] = weight[block][1] = 1.0f;
+                int32_t slot[kBlocks][2];
                 auto load_slot = [&] {
                     if (!args.topk_weights) return;
                     const auto own = get_work(smem, tile);
                     int32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
-                    for (int half = 0; half < 2; ++half)
-                        slot[half] = row + half * 8 < own.num_rows
-                                         ? args.sorted_token_ids[own.row_begin + row + half * 8]
-                                         : -1;
+                    for (int i = 0; i < 2 * kBlocks; ++i, row += i % 2 ? 8 : kGroups * 64 - 8)
+                        slot[i / 2][i % 2] =
+                            row < own.num_rows ? args.sorted_token_ids[own.row_begin + row] : -1;
                 };
                 auto load_weight = [&] {
                     if (!args.topk_weights) return;
 #pragma unroll
-                    for (int half = 0; half < 2; ++half)
-                        weight[half] = weight_of(slot[half], args);
+                    for (int i = 0; i < 2 * kBlocks; ++i)
+                        weight[i / 2][i % 2] = weight_of(slot[i / 2][i % 2], args);
                 };
                 auto load_first = [&] {
                     if constexpr (!kLate) load_slot();
@@ -596,29 +680,34 @@ struct gemm_wgmma {
                     if constexpr (!kLate) load_weight();
                 };
                 multiply(sums, smem, at, num_rows, num_steps, turn, load_first, load_last);
-                if (static_cast<int32_t>(threadIdx.x / 128 * 64) < num_rows) {
+                if (static_cast<int32_t>(threadIdx.x / 128 * 64) < get_work(smem, tile).num_rows) {
                     uint32_t last = (at.stage + kStages - 1) % kStages, warp = threadIdx.x / 32;
                     if constexpr (kFewRegisters) {
                         if (threadIdx.x % 32 == 0)
                             smem.kept[warp] = make_uint4(at.stage, at.parity, last, tile);
                         __syncwarp();
                     }
-                    if constexpr (kLate)
-                        if (args.topk_weights) {
-                            const auto own = get_work(smem, tile);
-                            int32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
-                            for (int half = 0; half < 2; ++half) {
-                                asm volatile("" : "+r"(row) : : "memory");
-                                weight[half] =
-                                    weight_of(row + half * 8 < own.num_rows
-                                                  ? args.sorted_token_ids[own.row_begin + row + half * 8]
-                                                  : -1,
-                                              args);
+                    for (int32_t block = 0; block < kBlocks; ++block) {
+                        const results to{smem, tile, last, block};
+                        if constexpr (kLate)
+                            if (args.topk_weights) {
+                                const auto own = to.work();
+                                int32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+                                for (int half = 0; half < 2; ++half, row += 8) {
+                                    asm volatile("" : "+r"(row) : : "memory"); // one after the other
+                                    int32_t slot = row < own.num_rows
+                                                       ? args.sorted_token_ids[own.row_begin + row]
+                                                       : -1;
+                                    weight[block][half] = weight_of(slot, args);
+                                }
                             }
+                        problem.template write<gemm_wgmma>(to, sums[block], weight[block]);
+                        if constexpr (kBlocks == 2) {
+                            if (to.work().num_rows <= static_cast<int32_t>((kGroups + threadIdx.x / 128) * 64)) break;
                         }
-                    problem.template write<gemm_wgmma>(results{smem, tile, last}, sums,
-                                                       weight);
+                    }
                     if constexpr (kFewRegisters) {
                         uint4 kept = load_shared_16(shared_address(&smem.kept[warp]));
                         at.stage = kept.x, at.parity = kept.y, last = kept.z, tile = kept.w;
