@@ -173,6 +173,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="qwen3_30b")
+    parser.add_argument("--only", default="", help="calls whose name contains this")
     parser.add_argument("--json", type=Path, help="record file; default by GPU")
     parser.add_argument("--commit", help="of the sources, where this copy of them has no git")
     args = parser.parse_args()
@@ -183,7 +184,7 @@ def main():
     print(f"{gpu.text}; CPython {python}, torch {torch.__version__}; launches left out")
     records = []
     with torch.no_grad():
-        for call, us in measure("cuda", model(args.model)):
+        for call, us in measure("cuda", model(args.model), only=args.only):
             framework = "jax" if call.startswith("jax") else "torch"
             records.append(
                 {
@@ -204,11 +205,13 @@ def main():
     print(f"-> {path.name}")
 
 
-def measure(device, sizes, calls=CALLS, warm_up=WARM_UP):
+def measure(device, sizes, calls=CALLS, warm_up=WARM_UP, only=""):
     """(call, microseconds of each run) for all that can be had here."""
     names = tensors(device, sizes)
     names |= torch_functions(names)
     for call, statement in STATEMENTS.items():
+        if only not in call:
+            continue
         if call.startswith("jax"):  # the last one: its threads would run beside the others
             functions, why = jax_functions(names)
             if why:

@@ -132,16 +132,21 @@ static const moe_tensor *memo_tensor(const moe_call *call, int i)
     return (const moe_tensor *)(const void *)((const char *)call + MEMO_OFFSETS[i]);
 }
 
-/* Whether the memo is of such a call; then problem and plan are taken from it. */
-static bool recall(call_frame *f)
+/* Whether the memo is of such a call; then problem and plan are taken from it. moved: some address is another one. */
+static bool recall(call_frame *f, bool *moved)
 {
-    const call_memo *memo = f->memo;
+    call_memo *memo = f->memo;
     const moe_call *c = &f->call;
     if (!memo->used || memo->plan_switches != f->state->plan_switches || f->num_abstract)
         return false;
     if (!f->experts && memcmp(&memo->options, &c->options, sizeof c->options) != 0) return false;
-    for (int i = f->experts ? MEMO_OWN : 0; i < MEMO_TENSORS; ++i)
-        if (!differs_in_address(&memo->tensors[i], memo_tensor(c, i))) return false;
+    const int first = f->experts ? MEMO_OWN : 0;
+    *moved = false;
+    for (int i = first; i < MEMO_TENSORS; ++i) {
+        const moe_tensor *t = memo_tensor(c, i);
+        if (!differs_in_address(&memo->tensors[i], t)) return false;
+        *moved |= tensor_present(t) && memo->tensors[i].data != t->data;
+    }
     f->problem = memo->problem;
     f->plan = memo->plan;
     return true;
@@ -162,7 +167,14 @@ static void remember(const call_frame *f)
 
 static int make_plan(call_frame *f)
 {
-    if (f->memo && recall(f)) return moe_check_apart(&f->call, &f->err);
+    bool moved = false;
+    if (f->memo && recall(f, &moved)) {
+        if (!moved) return MOE_OK;
+        if (moe_check_apart(&f->call, &f->err)) return f->err.status;
+        for (int i = 0; i < MEMO_TENSORS; ++i)
+            f->memo->tensors[i].data = memo_tensor(&f->call, i)->data;
+        return MOE_OK;
+    }
     if (moe_validate(&f->call, &f->problem, &f->err)) return f->err.status;
     if (moe_is_layer(f->call.operation)) f->problem.workspace_limit = f->state->workspace_limit;
     if (find_plan(f->state, &f->problem, f->like->backend, f->like->device, &f->plan, &f->err))
