@@ -21,9 +21,9 @@ struct down_problem {
     }
 
     template <class Gemm>
-    __device__ __forceinline__ void
-    write(const typename Gemm::results &to, const float (&sums)[Gemm::kSums],
-          const float (&weight)[2]) const
+    __device__ __forceinline__ void write(const typename Gemm::results &to,
+                                          const float (&sums)[Gemm::kSums],
+                                          const float (&weight)[2]) const
     {
         if (args.w2_bias)
             write<Gemm, true>(to, sums, weight);

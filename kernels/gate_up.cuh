@@ -111,10 +111,9 @@ static __device__ __forceinline__ weight_rows gate_up_rows(int32_t expert,
 // Outputs out, out + 1, out + step, out + step + 1 of a row, in f32: bias, weight, activation. g, u: the sums (u: 1 where
 // not gated). Those past intermediate_size are anything.
 template <int N>
-static __device__ __forceinline__ void make_outputs(float (&y)[N], float (&g)[N], float (&u)[N],
-                                                    int32_t out, int32_t step, float weight,
-                                                    int32_t expert, const weight_rows &rows,
-                                                    const moe_gate_up_args &args)
+static __device__ __forceinline__ void
+make_outputs(float (&y)[N], float (&g)[N], float (&u)[N], int32_t out, int32_t step, float weight,
+             int32_t expert, const weight_rows &rows, const moe_gate_up_args &args)
 {
     int32_t gated = args.gated;
     if (args.w13_bias) {

@@ -31,8 +31,9 @@ struct gate_up_problem {
 
     // Plain silu from registers; all else is one loop, not 32 copies of each activation.
     template <class Gemm>
-    __device__ __forceinline__ void
-    write(const typename Gemm::results &to, const float (&sums)[Gemm::kSums], const float (&weight)[2]) const
+    __device__ __forceinline__ void write(const typename Gemm::results &to,
+                                          const float (&sums)[Gemm::kSums],
+                                          const float (&weight)[2]) const
     {
         if (args.activation == MOE_ACT_SILU && args.gated && !args.w13_bias && !args.topk_weights &&
             !(args.activation_limit > 0.0f))
@@ -71,8 +72,9 @@ struct gate_up_problem {
 
     // Where not gated there are twice as many outputs.
     template <class Gemm>
-    __device__ __forceinline__ void
-    write_any(const typename Gemm::results &to, const float (&sums)[Gemm::kSums], const float (&weight)[2]) const
+    __device__ __forceinline__ void write_any(const typename Gemm::results &to,
+                                              const float (&sums)[Gemm::kSums],
+                                              const float (&weight)[2]) const
     {
         constexpr int kBlocks = Gemm::kOutCols / 8, kHalfBlocks = Gemm::kCols / 16,
                       kHalf = Gemm::kSums / 2, kAtOnce = Gemm::kSums > 96 ? 1 : 2;
@@ -80,42 +82,43 @@ struct gate_up_problem {
 #pragma unroll 1
         for (int part = 0; part < (gated ? 1 : 2); ++part)
 #pragma unroll 1
-        for (int j = 0; j < kHalfBlocks; j += 2) {
-            uint32_t pairs[4];
-            int32_t second = part, with_up = gated;
-            asm volatile("" : "+r"(second), "+r"(with_up)); // not chosen for all sums ahead
-            // the sums leave few registers: nothing that follows from these is kept over the loop
-            const uint32_t out = to.out();
-            const auto work = to.work();
-            weight_rows rows = gate_up_rows<T>(work.expert, args);
-            int32_t col = (gated ? work.col_begin / 2 : work.col_begin) + (part * kHalfBlocks + j) * 8;
+            for (int j = 0; j < kHalfBlocks; j += 2) {
+                uint32_t pairs[4];
+                int32_t second = part, with_up = gated;
+                asm volatile("" : "+r"(second), "+r"(with_up)); // not chosen for all sums ahead
+                // the sums leave few registers: nothing that follows from these is kept over the loop
+                const uint32_t out = to.out();
+                const auto work = to.work();
+                weight_rows rows = gate_up_rows<T>(work.expert, args);
+                int32_t col =
+                    (gated ? work.col_begin / 2 : work.col_begin) + (part * kHalfBlocks + j) * 8;
 #pragma unroll
-            for (int half = 0; half < 2; ++half)
+                for (int half = 0; half < 2; ++half)
 #pragma unroll
-                for (int block = 0; block < 2; block += kAtOnce) {
-                    float g[2 * kAtOnce], u[2 * kAtOnce], y[2 * kAtOnce];
+                    for (int block = 0; block < 2; block += kAtOnce) {
+                        float g[2 * kAtOnce], u[2 * kAtOnce], y[2 * kAtOnce];
 #pragma unroll
-                    for (int from = 0; from < kHalfBlocks;
-                         from += 2) // registers have no index: compare
+                        for (int from = 0; from < kHalfBlocks;
+                             from += 2) // registers have no index: compare
 #pragma unroll
-                        for (int i = 0; i < 2 * kAtOnce; ++i) {
-                            int at = (from + block + i / 2) * 4 + half * 2 + i % 2;
-                            if (from == j) {
-                                g[i] = second == 0 ? sums[at] : sums[at + kHalf];
-                                u[i] = with_up ? sums[at + kHalf] : 1.0f;
+                            for (int i = 0; i < 2 * kAtOnce; ++i) {
+                                int at = (from + block + i / 2) * 4 + half * 2 + i % 2;
+                                if (from == j) {
+                                    g[i] = second == 0 ? sums[at] : sums[at + kHalf];
+                                    u[i] = with_up ? sums[at + kHalf] : 1.0f;
+                                }
                             }
-                        }
-                    make_outputs(y, g, u, col + Gemm::lane_col(block), 8, weight[half],
-                                 work.expert, rows, args);
+                        make_outputs(y, g, u, col + Gemm::lane_col(block), 8, weight[half],
+                                     work.expert, rows, args);
 #pragma unroll
-                    for (int i = 0; i < kAtOnce; ++i)
-                        pairs[half + 2 * (block + i)] = T::round2(y[2 * i], y[2 * i + 1]);
-                }
-            Gemm::out_put(out, j % kBlocks, pairs);
-            if ((j + 2) % kBlocks == 0 || j + 2 == kHalfBlocks)
-                Gemm::out_copy(out, work, args.intermediate, args.intermediate_stride,
-                               col - j % kBlocks * 8, min(args.intermediate_size, col + 16));
-        }
+                        for (int i = 0; i < kAtOnce; ++i)
+                            pairs[half + 2 * (block + i)] = T::round2(y[2 * i], y[2 * i + 1]);
+                    }
+                Gemm::out_put(out, j % kBlocks, pairs);
+                if ((j + 2) % kBlocks == 0 || j + 2 == kHalfBlocks)
+                    Gemm::out_copy(out, work, args.intermediate, args.intermediate_stride,
+                                   col - j % kBlocks * 8, min(args.intermediate_size, col + 16));
+            }
     }
 };
 

@@ -39,7 +39,7 @@ struct gate_up_problem {
         if (args.activation == MOE_ACT_SILU && args.gated && !args.w13_bias && !args.topk_weights &&
             !(args.activation_limit > 0.0f))
             write_silu<Gemm>(smem, work, sums);
-        else if constexpr (Gemm::kRows <= 96)
+        else
             write_any<Gemm>(smem, work, sums);
     }
 

@@ -53,8 +53,8 @@ struct gemm_swap {
 
     static_assert(kTileK == MOE_MAP_COLS || kTileK == 2 * MOE_MAP_COLS,
                   "a piece of a row is the 128 bytes of the swizzle");
-    static_assert(kRows == 32 || kRows == 64 || kRows == 96 || kRows == 144, "N of wgmma");
-    static_assert(kCols % 128 == 0 && kBlocks * kRows <= 288, "sums of a thread");
+    static_assert(kRows == 32 || kRows == 64 || kRows == 96, "N of wgmma");
+    static_assert(kCols % 128 == 0 && kBlocks * kRows <= 256, "sums of a thread");
     static_assert(kStages + 4 <= kItems, "items between the copies and the slowest math");
 
     struct alignas(16) work {
@@ -340,8 +340,6 @@ struct gemm_swap {
         if constexpr (kRows == 64 && !kBf16) wgmma_m64n64k16_f16(sums, weight, token, scale_d);
         if constexpr (kRows == 96 && kBf16) wgmma_m64n96k16_bf16(sums, weight, token, scale_d);
         if constexpr (kRows == 96 && !kBf16) wgmma_m64n96k16_f16(sums, weight, token, scale_d);
-        if constexpr (kRows == 144 && kBf16) wgmma_m64n144k16_bf16(sums, weight, token, scale_d);
-        if constexpr (kRows == 144 && !kBf16) wgmma_m64n144k16_f16(sums, weight, token, scale_d);
     }
 
     // A stage of the item, of which kUsed pieces hold something. The groups wait for stages in turn: a parity tells this

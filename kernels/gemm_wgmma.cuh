@@ -5,10 +5,12 @@
  * How    one thread block per SM, which takes tiles from the list as long as there are any. A producer warpgroup
  *        fills a ring of kStages stages and runs ahead into the next tile: weights by the copy engine in two boxes of
  *        kCols / 2 rows, token rows by it too, or by 16-byte cp.async where they are gathered. Math warpgroups, two
- *        or three, multiply 64 rows each with wgmma m64n<kCols>k16, token rows on M, weight rows on N, both operands from the ring.
+ *        or three, multiply 64 rows each with wgmma m64n<kCols>k16 (two of half the columns where three of them have more
+ *        than 192), token rows on M, weight rows on N, both operands from the ring.
  *        Chunk c of row r lies at chunk c ^ (r % 8), wgmma's 128-byte swizzle, whoever writes it.
  * Out    a warp puts its 16 rows of rounded results into shared memory (stmatrix), kOutCols columns at a time, and
- *        stores them row after row: whole lines, and no other warp waits for it
+ *        stores them row after row: whole lines, and no other warp waits for it. Where the ring leaves no room, the
+ *        rows that the warp has just multiplied by make it
  * Tails  weight rows past the last one and K past its end are zeros in shared memory and are never read from global
  *        memory. Gathered rows past the tile are zeros; rows of the intermediate past the tile may be another
  *        expert's or anything, and are not written. A warpgroup whose 64 rows all lie past the tile does no math. */
@@ -24,15 +26,14 @@ struct gemm_wgmma {
     using T = Type;
     using element = typename Type::element;
 
-    static constexpr int kBlocks = kRows == 256 ? 2 : 1;  // of 64 rows, of a math warpgroup
-    static constexpr int kGroups = kRows / (64 * kBlocks); // math warpgroups
+    static constexpr int kGroups = kRows / 64; // math warpgroups: one for 64 rows
     static constexpr int kMathThreads = kGroups * 128;
     static constexpr int kCopyThreads = 32 * MOE_GEMM_PRODUCERS_sm90a;
     static constexpr int kChunks = kTileK / 8; // 16-byte chunks of a row of a stage
     static constexpr int kPassRows = kCopyThreads / kChunks;
     static constexpr int kPasses = kRows / kPassRows;
     static constexpr int kTokenBytes = kRows * kTileK * 2; // of a stage
-    static constexpr int kBlockBytes = 64 * kTileK * 2; // 64 rows of a stage
+    static constexpr int kGroupBytes = 64 * kTileK * 2;    // the rows of one math warpgroup
     static constexpr int kWeightBytes = kCols * kTileK * 2;
     static constexpr int kBoxRows = MOE_GEMM_WEIGHT_BOX_sm90a(kCols); // two boxes a stage
     static constexpr int kSums = kCols / 2;                           // of a thread
@@ -41,16 +42,17 @@ struct gemm_wgmma {
     static constexpr int kOutCols =
         kOutInRing ? kTileK : MOE_GEMM_OUT_COLS_sm90a(kRows, kCols, kTileK, kStages);
     static constexpr int kOutPitch = kOutCols * 2 + 16; // bytes; eight rows lie in different banks
-    // What the launch gives (65536, or what it rounds that to) goes to whoever needs it.
-    static constexpr bool kTokenRegisters = kGroups == 3 && kCols == 224;
-    static constexpr bool kFewRegisters = kBlocks * kSums * kGroups > 320; // beside the sums
-    static constexpr int kMathRegisters =
-        kGroups == 2 ? (kFewRegisters ? 232 : 216) : (kFewRegisters ? 160 : 152);
-    static constexpr int kCopyRegisters =
-        kGroups == 2 ? (kFewRegisters ? 48 : 72) : (kFewRegisters ? 32 : 56);
-    static_assert(kMathThreads * kMathRegisters + kCopyThreads * kCopyRegisters <= 65536);
+    // The sums leave few registers, for the math and for the copies: what can lies in shared memory.
+    static constexpr bool kFewRegisters = kGroups == 3 && kCols > 192;
+    // All of what the launch gives goes to whoever needs it; no more, or a warp would wait for it for ever.
+    static constexpr int kMathRegisters = kGroups == 2 ? 216 : kFewRegisters ? 160 : 152;
+    static constexpr int kCopyRegisters = kGroups == 2 ? 72 : kFewRegisters ? 32 : 56;
+    static constexpr int kThreads = kMathThreads + kCopyThreads;
+    static_assert(kMathThreads * kMathRegisters + kCopyThreads * kCopyRegisters <=
+                  65536 / kThreads / 8 * 8 * kThreads);
+    // Token rows of a step from shared memory once, not once for each of the two instructions of its columns.
+    static constexpr bool kTokenRegisters = kFewRegisters && kCols == 224;
     // Tiles in a column before the next column: neighbours in time share weights and token rows in L2.
-    static constexpr bool kLate = kFewRegisters && kGather;
     static constexpr uint32_t kRaster = 8;
     // Items a block knows ahead: it takes the first kAhead at fixed places, then whatever is next when it gets there.
     // Between the producer and the slowest math warp lie at most kStages + kAhead of them.
@@ -76,9 +78,11 @@ struct gemm_wgmma {
         // n % 2, for the producer warps; turn: this math warpgroup is kLag steps into a tile, one arrival per warp
         int4 work[kItems];
         uint32_t item[2];
-        // token of row r of tile n at [n % 2][r % kPassRows][r / kPassRows], where registers cannot hold it
-        alignas(16) int32_t row_token[kFewRegisters ? 2 : 1][kPassRows][kFewRegisters ? kPasses : 4];
         uint64_t turn[kGroups - 1];
+        // with few registers: the token of row r of tile n at [n % 2][r % kPassRows][r / kPassRows]; where a math warp
+        // is in the ring, while its results leave, and their stage and tile
+        alignas(
+            16) int32_t row_token[kFewRegisters ? 2 : 1][kPassRows][kFewRegisters ? kPasses : 4];
         alignas(16) uint4 kept[kFewRegisters ? kMathThreads / 32 : 1];
     };
     static_assert(sizeof(shared) <= MOE_GEMM_SMEM_BYTES_sm90a(kRows, kCols, kTileK, kStages),
@@ -89,8 +93,7 @@ struct gemm_wgmma {
 
     struct work {
         int32_t expert, row_begin, num_rows, col_begin; // num_rows < 0: past the end of the list
-        bool
-            alone; // the only tile of its expert: no other block reads these weights (for the producer)
+        bool alone; // the only tile of its expert: no other block reads these weights
     };
 
     static __device__ __forceinline__ void put_work(shared &smem, uint32_t tile, const work &work)
@@ -142,8 +145,8 @@ struct gemm_wgmma {
     // its first thread gives the copy engine its work.
     // ---------------------------------------------------------------------------------------------
 
-    // Blocks of 64 rows that are not all padding; one where the tile has none.
-    static __device__ __forceinline__ int32_t blocks_of(const work &work)
+    // Math warpgroups with rows; one where the tile has none.
+    static __device__ __forceinline__ int32_t groups_of(const work &work)
     {
         return max(work.num_rows + 63, 64) / 64;
     }
@@ -154,15 +157,15 @@ struct gemm_wgmma {
     {
         uint32_t landed = shared_address(&smem.landed[stage]);
         uint32_t bytes = kWeightBytes;
-        if constexpr (!kGather) bytes += blocks_of(work) * kBlockBytes;
+        if constexpr (!kGather) bytes += groups_of(work) * kGroupBytes;
         mbarrier_arrive_expect_tx(landed, bytes);
         if constexpr (!kGather) {
             uint32_t to = shared_address(smem.token[stage]);
 #pragma unroll
-            for (int block = 0; block < kRows / 64; ++block)
-                if (block < blocks_of(work))
-                    tensor_copy_4d(to + block * kBlockBytes, problem.tokens, k,
-                                   work.row_begin + block * 64, 0, 0, landed);
+            for (int group = 0; group < kGroups; ++group)
+                if (group < groups_of(work))
+                    tensor_copy_4d(to + group * kGroupBytes, problem.tokens, k,
+                                   work.row_begin + group * 64, 0, 0, landed);
         }
         uint32_t to = shared_address(smem.weight[stage]);
 #pragma unroll
@@ -229,7 +232,7 @@ struct gemm_wgmma {
                 uint32_t to = shared_address(smem.token[at.stage]) + offset;
                 uint32_t valid = k + chunk < problem.k_size ? token_valid : 0;
 #pragma unroll
-                for (int group = 0; group < kRows / 64; ++group) {
+                for (int group = 0; group < kGroups; ++group) {
                     if (work.num_rows <= group * 64) break;
 #pragma unroll
                     for (int pass = group * 4; pass < group * 4 + 4; ++pass) {
@@ -243,102 +246,97 @@ struct gemm_wgmma {
         }
     }
 
-    // The same with few registers: what a tile is and which tokens it has lies in shared memory.
-    template <class Problem>
-    static __device__ __forceinline__ void copy_tile_few(shared &smem, position &at, uint32_t tile,
-                                                         const Problem &problem)
+    // The producer with few registers: what a tile is and which tokens its rows are lies in shared memory.
+
+    // The slots of a tile's rows thread, thread + kCopyThreads.
+    template <class Args>
+    static __device__ __forceinline__ void load_own_slots(int32_t (&slot)[kHeld], const work &work,
+                                                          const Args &args)
     {
-        if constexpr (!kGather) {
-            for (int32_t k = 0; k < problem.k_size; k += kTileK, at.next()) {
-                mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
-                copy_boxes(smem, at.stage, get_work(smem, tile), k, problem);
-            }
-        } else {
-            int32_t thread = threadIdx.x - kMathThreads;
-            int32_t row = thread / kChunks, k = thread % kChunks * 8;
-            uint32_t offset = row * (kTileK * 2) + ((thread % kChunks ^ (row & 7)) << 4);
-            uint32_t held = shared_address(smem.row_token[tile % 2][row]);
-            int32_t num_rows = get_work(smem, tile).num_rows;
-            for (int32_t step = problem.k_size; step > 0; step -= kTileK, k += kTileK, at.next()) {
-                mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
-                if (thread == 0) copy_boxes(smem, at.stage, get_work(smem, tile), k, problem);
-                uint32_t to = shared_address(smem.token[at.stage]) + offset;
-                const auto *from = problem.tokens() + k;
+        int32_t row = threadIdx.x - kMathThreads;
 #pragma unroll
-                for (int group = 0; group < kRows / 64; ++group) {
-                    if (num_rows <= group * 64) break;
-                    uint4 four = load_shared_16(held + group * 16);
-                    int32_t token[4] = {static_cast<int32_t>(four.x), static_cast<int32_t>(four.y),
-                                        static_cast<int32_t>(four.z), static_cast<int32_t>(four.w)};
+        for (int held = 0; held < kHeld; ++held, row += kCopyThreads)
+            slot[held] = row < work.num_rows ? args.sorted_token_ids[work.row_begin + row] : -1;
+    }
+
+    template <class Args>
+    static __device__ __forceinline__ void
+    put_tokens(shared &smem, uint32_t tile, const int32_t (&slot)[kHeld], const Args &args)
+    {
+        int32_t row = threadIdx.x - kMathThreads;
 #pragma unroll
-                    for (int i = 0; i < 4; ++i) {
-                        bool valid = token[i] >= 0 && k < problem.k_size;
-                        cp_async_16_wide(to + (group * 4 + i) * (kPassRows * kTileK * 2),
-                                         from + max(token[i], 0) * problem.token_stride(),
-                                         valid ? 16 : 0);
-                    }
-                }
+        for (int held = 0; held < kHeld; ++held, row += kCopyThreads)
+            if (row < kRows)
+                smem.row_token[tile % 2][row % kPassRows][row / kPassRows] =
+                    token_of(slot[held], args);
+    }
+
+    // A step of a tile: this thread's chunk, from column k, of four rows at a time.
+    template <class Problem>
+    static __device__ __forceinline__ void copy_rows(uint32_t to, uint32_t tokens, int32_t num_rows,
+                                                     int32_t k, const Problem &problem)
+    {
+        static_assert(kPassRows * 4 == 64, "four passes for the rows of a warpgroup");
+        const auto *from = problem.tokens() + k;
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            if (num_rows <= group * 64) break;
+            uint4 four = load_shared_16(tokens + group * 16);
+            int32_t token[4] = {static_cast<int32_t>(four.x), static_cast<int32_t>(four.y),
+                                static_cast<int32_t>(four.z), static_cast<int32_t>(four.w)};
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                cp_async_16_wide(to + (group * 4 + i) * (kPassRows * kTileK * 2),
+                                 from + max(token[i], 0) * problem.token_stride(),
+                                 token[i] >= 0 && k < problem.k_size ? 16 : 0);
+        }
+    }
+
+    template <class Problem>
+    static __device__ __forceinline__ void copy_tile(shared &smem, position &at, uint32_t tile,
+                                                     const Problem &problem)
+    {
+        const int32_t thread = threadIdx.x - kMathThreads, row = thread / kChunks;
+        const uint32_t offset = row * (kTileK * 2) + ((thread % kChunks ^ (row & 7)) << 4);
+        const uint32_t tokens = shared_address(smem.row_token[tile % 2][row]);
+        const int32_t num_rows = get_work(smem, tile).num_rows;
+        for (int32_t k = 0; k < problem.k_size; k += kTileK, at.next()) {
+            mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
+            if (thread == 0) copy_boxes(smem, at.stage, get_work(smem, tile), k, problem);
+            if constexpr (kGather) {
+                copy_rows(shared_address(smem.token[at.stage]) + offset, tokens, num_rows,
+                          k + thread % kChunks * 8, problem);
                 cp_async_arrive(shared_address(&smem.landed[at.stage]));
             }
         }
     }
 
-    // The slots of a tile's rows, asked for a tile ahead, and where their tokens then lie.
+    // All tiles. What comes next is looked up before a tile's copies, not during them.
     template <class Problem>
-    static __device__ __forceinline__ void put_tokens(shared &smem, uint32_t tile,
-                                                      const int32_t (&slot)[kHeld],
-                                                      const Problem &problem)
-    {
-        int32_t thread = threadIdx.x - kMathThreads;
-#pragma unroll
-        for (int held = 0; held < kHeld; ++held) {
-            int32_t row = thread + held * kCopyThreads;
-            if (row < kRows)
-                smem.row_token[tile % 2][row % kPassRows][row / kPassRows] =
-                    token_of(slot[held], problem.args);
-        }
-    }
-
-    template <class Problem>
-    static __device__ __forceinline__ void produce_few(shared &smem, position &at, const list &list,
-                                                       const work &first_work,
-                                                       const Problem &problem)
+    static __device__ __forceinline__ void produce(shared &smem, position &at, const list &list,
+                                                   const work &first, const Problem &problem)
     {
         const auto &args = problem.args;
-        const int32_t thread = threadIdx.x - kMathThreads;
+        const bool leads = threadIdx.x == kMathThreads;
         uint32_t item = blockIdx.x + gridDim.x, after = item + gridDim.x;
         int32_t *taken = const_cast<int32_t *>(args.num_tiles) + Problem::kTaken;
         int32_t slot[kHeld];
-        if (thread == 0) put_work(smem, 0, first_work);
-        int32_t num_rows = first_work.num_rows, row_begin = first_work.row_begin;
-        for (uint32_t tile = 0; num_rows >= 0; ++tile) {
-            if constexpr (kGather) {
-                if (tile == 0) load_slots_few(slot, row_begin, num_rows, args);
-                put_tokens(smem, tile, slot, problem);
-            }
-            if (thread == 0) {
+        if constexpr (kGather) load_own_slots(slot, first, args);
+        if (leads) put_work(smem, 0, first);
+        int32_t num_rows = first.num_rows;
+        for (uint32_t tile = 0; num_rows >= 0 && (kGather || leads); ++tile) {
+            if (leads) {
                 put_work(smem, tile + 1, list.find(item));
                 item = after;
                 after = kAhead * gridDim.x + atomicAdd(taken, 1);
             }
             if constexpr (kGather) {
+                put_tokens(smem, tile, slot, args);
                 producer_sync();
-                const auto next = get_work(smem, tile + 1);
-                load_slots_few(slot, next.row_begin, next.num_rows, args);
+                load_own_slots(slot, get_work(smem, tile + 1), args);
             }
-            copy_tile_few(smem, at, tile, problem);
+            copy_tile(smem, at, tile, problem);
             num_rows = get_work(smem, tile + 1).num_rows;
-        }
-    }
-
-    template <class Args>
-    static __device__ __forceinline__ void load_slots_few(int32_t (&slot)[kHeld], int32_t row_begin,
-                                                          int32_t num_rows, const Args &args)
-    {
-#pragma unroll
-        for (int held = 0; held < kHeld; ++held) {
-            int32_t row = threadIdx.x - kMathThreads + held * kCopyThreads;
-            slot[held] = row < num_rows ? args.sorted_token_ids[row_begin + row] : -1;
         }
     }
 
@@ -350,7 +348,8 @@ struct gemm_wgmma {
                                                  uint64_t weight, int32_t scale_d)
     {
         constexpr bool kBf16 = Type::kDtype == MOE_BF16;
-        if constexpr (kCols == 256 && kGroups == 3) { // one instruction has to fit the registers of the launch
+        if constexpr (kCols == 256 && kGroups == 3) {
+            // two of half the columns: one would have to fit the registers of the launch
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 auto &of = reinterpret_cast<float(&)[kSums / 2]>(sums[half * (kSums / 2)]);
@@ -360,73 +359,71 @@ struct gemm_wgmma {
                 else
                     wgmma_m64n128k16_f16(of, token, rows, scale_d);
             }
-            return;
         }
-        if constexpr (kCols == 256 && kGroups == 2 && kBf16) wgmma_m64n256k16_bf16(sums, token, weight, scale_d);
-        if constexpr (kCols == 256 && kGroups == 2 && !kBf16) wgmma_m64n256k16_f16(sums, token, weight, scale_d);
+        if constexpr (kCols == 256 && kGroups == 2 && kBf16)
+            wgmma_m64n256k16_bf16(sums, token, weight, scale_d);
+        if constexpr (kCols == 256 && kGroups == 2 && !kBf16)
+            wgmma_m64n256k16_f16(sums, token, weight, scale_d);
         if constexpr (kCols == 192 && kBf16) wgmma_m64n192k16_bf16(sums, token, weight, scale_d);
         if constexpr (kCols == 192 && !kBf16) wgmma_m64n192k16_f16(sums, token, weight, scale_d);
         if constexpr (kCols == 128 && kBf16) wgmma_m64n128k16_bf16(sums, token, weight, scale_d);
         if constexpr (kCols == 128 && !kBf16) wgmma_m64n128k16_f16(sums, token, weight, scale_d);
     }
 
-    // The same with the token rows in registers, in two instructions of half the columns each: one of all would have to
-    // fit the registers of the launch, and each of the two would read the rows again.
+    // The same with the token rows in registers, in two instructions of half the columns.
     static __device__ __forceinline__ void wgmma(float (&sums)[kSums], const uint32_t (&token)[4],
                                                  uint64_t weight, int32_t scale_d)
     {
-        constexpr bool kBf16 = Type::kDtype == MOE_BF16;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             auto &of = reinterpret_cast<float(&)[kSums / 2]>(sums[half * (kSums / 2)]);
-            const uint64_t rows = weight + half * (kWeightBytes / 2 >> 4);
-            if constexpr (kCols == 256 && kBf16) wgmma_m64n128k16_bf16(of, token, rows, scale_d);
-            if constexpr (kCols == 256 && !kBf16) wgmma_m64n128k16_f16(of, token, rows, scale_d);
-            if constexpr (kCols == 224 && kBf16) wgmma_m64n112k16_bf16(of, token, rows, scale_d);
-            if constexpr (kCols == 224 && !kBf16) wgmma_m64n112k16_f16(of, token, rows, scale_d);
+            uint64_t rows = weight + half * (kWeightBytes / 2 >> 4);
+            if constexpr (Type::kDtype == MOE_BF16)
+                wgmma_m64n112k16_bf16(of, token, rows, scale_d);
+            else
+                wgmma_m64n112k16_f16(of, token, rows, scale_d);
         }
     }
 
+    // All of K that way. A warp reads its own 16 rows; while it waits, the other warpgroups multiply.
     template <class AfterFirst, class AfterLast>
     static __device__ __forceinline__ void
     multiply_registers(float (&sums)[kSums], shared &smem, position &at, int32_t num_steps,
                        AfterFirst after_first, AfterLast after_last)
     {
-        constexpr int kAtOnce = kCols == 256 ? 1 : 4; // k16 that the registers hold
         const uint32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 16;
         for (int32_t step = 0; step < num_steps; ++step) {
             mbarrier_wait(shared_address(&smem.landed[at.stage]), at.parity);
-            const uint32_t rows = shared_address(smem.token[at.stage]) + row * (kTileK * 2);
-            const uint64_t weight = wgmma_descriptor(shared_address(smem.weight[at.stage]));
+            uint32_t rows = shared_address(smem.token[at.stage]) + row * (kTileK * 2);
+            uint32_t token[kTileK / 16][4];
 #pragma unroll
-            for (int begin = 0; begin < kTileK / 16; begin += kAtOnce) {
-                uint32_t token[kAtOnce][4];
+            for (int k = 0; k < kTileK / 16; ++k)
+                ldmatrix_x4(token[k], rows + (((k * 2 + threadIdx.x % 32 / 16) ^ (row & 7)) << 4));
+            uint64_t weight = wgmma_descriptor(shared_address(smem.weight[at.stage]));
+            wgmma_fence();
 #pragma unroll
-                for (int i = 0; i < kAtOnce; ++i)
-                    ldmatrix_x4(token[i], rows + (((begin + i) * 2 + threadIdx.x % 32 / 16 ^ (row & 7)) << 4));
-                wgmma_fence();
-#pragma unroll
-                for (int i = 0; i < kAtOnce; ++i)
-                    wgmma(sums, token[i], weight + (begin + i) * 2, step + begin + i);
-                wgmma_commit();
-                if (begin == 0 && step == 0) after_first();
-                if (begin + kAtOnce == kTileK / 16 && step == num_steps - 1) after_last();
-                wgmma_wait<0>(); // the registers of the rows; the other warpgroups multiply meanwhile
-            }
+            for (int k = 0; k < kTileK / 16; ++k)
+                wgmma(sums, token[k], weight + k * 2, step + k);
+            wgmma_commit();
+            if (step == 0) after_first();
+            if (step == num_steps - 1) after_last();
+            wgmma_wait<0>();
             if (step < num_steps - 1) release_stage(smem.read[at.stage]);
             at.next();
         }
     }
 
     // All of K. after_first, after_last: to be done while the products of a tile's first step are under way, of its last.
+    // With results in the ring the last stage stays the warp's.
     template <class AfterFirst, class AfterLast>
     static __device__ __forceinline__ void
-    multiply(float (&sums)[kBlocks][kSums], shared &smem, position &at, int32_t num_rows, int32_t num_steps,
+    multiply(float (&sums)[kSums], shared &smem, position &at, int32_t num_rows, int32_t num_steps,
              uint32_t &turn, AfterFirst after_first, AfterLast after_last)
     {
         uint32_t group = threadIdx.x / 128;
         // The ring does not hold so much that one could be two turns ahead of the next.
-        bool staggered = kLagSteps > 0 && num_rows > 64 && num_steps <= kLagSteps && num_steps + kLag > kStages;
+        bool staggered =
+            kLagSteps > 0 && num_rows > 64 && num_steps <= kLagSteps && num_steps + kLag > kStages;
         if (staggered && group > 0) {
             mbarrier_wait(shared_address(&smem.turn[group - 1]), turn);
             turn ^= 1;
@@ -440,40 +437,21 @@ struct gemm_wgmma {
             return;
         }
         if constexpr (kTokenRegisters) {
-            multiply_registers(sums[0], smem, at, num_steps, after_first, after_last);
+            multiply_registers(sums, smem, at, num_steps, after_first, after_last);
             return;
         }
-        if constexpr (kBlocks == 2)
-            if (num_rows <= static_cast<int32_t>((kGroups + group) * 64)) {
-                multiply_blocks<1>(sums, smem, at, num_steps, staggered, after_first, after_last);
-                return;
-            }
-        if constexpr (!kTokenRegisters)
-            multiply_blocks<kBlocks>(sums, smem, at, num_steps, staggered, after_first, after_last);
-    }
-
-    // kHere: blocks of 64 rows that this warpgroup has in this tile.
-    template <int kHere, class AfterFirst, class AfterLast>
-    static __device__ __forceinline__ void
-    multiply_blocks(float (&sums)[kBlocks][kSums], shared &smem, position &at, int32_t num_steps,
-                    bool staggered, AfterFirst after_first, AfterLast after_last)
-    {
-        uint32_t group = threadIdx.x / 128;
         uint32_t before = 0;
         for (int32_t step = 0; step < num_steps; ++step) {
             mbarrier_wait(shared_address(&smem.landed[at.stage]), at.parity);
             // cp.async writes through the generic proxy, wgmma reads through the other
             if constexpr (kGather) fence_proxy_async();
             uint64_t token =
-                wgmma_descriptor(shared_address(smem.token[at.stage]) + group * kBlockBytes);
+                wgmma_descriptor(shared_address(smem.token[at.stage]) + group * kGroupBytes);
             uint64_t weight = wgmma_descriptor(shared_address(smem.weight[at.stage]));
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < kTileK / 16; ++k)
-#pragma unroll
-                for (int block = 0; block < kHere; ++block)
-                    wgmma(sums[block], token + block * (kGroups * kBlockBytes >> 4) + k * 2,
-                          weight + k * 2, step + k);
+                wgmma(sums, token + k * 2, weight + k * 2, step + k);
             wgmma_commit();
             if (staggered && group < kGroups - 1 && step == kLag - 1 && threadIdx.x % 32 == 0)
                 mbarrier_arrive(shared_address(&smem.turn[group]));
@@ -524,11 +502,10 @@ struct gemm_wgmma {
             return out + row * kOutPitch + chunk * 16;
     }
 
-    // A warp's results: of which tile, and where they are put before they leave. With few registers shared memory knows.
+    // A warp's results: of which tile, and where they are put before they leave.
     struct results {
         shared &smem;
         uint32_t tile, stage;
-        int32_t block;
 
         __device__ __forceinline__ uint4 kept() const
         {
@@ -536,15 +513,11 @@ struct gemm_wgmma {
         }
         __device__ __forceinline__ struct work work() const
         {
-            auto of = get_work(smem, kFewRegisters ? kept().w : tile);
-            of.row_begin += block * (kGroups * 64);
-            of.num_rows -= block * (kGroups * 64);
-            return of;
+            return get_work(smem, kFewRegisters ? kept().w : tile);
         }
         __device__ __forceinline__ uint32_t out() const
         {
             uint32_t rows = out_rows(smem, kFewRegisters ? kept().z : stage);
-            if constexpr (kOutInRing) rows += block * (kGroups * kBlockBytes);
             asm volatile("" : "+r"(rows)); // what follows from it is not kept over tiles
             return rows;
         }
@@ -569,8 +542,8 @@ struct gemm_wgmma {
         int32_t begin = threadIdx.x / 32 * 16, row = lane / kLanes;
         int32_t end = min(work.num_rows - begin, 16);
         if (lane >= kLanes * kAtOnce || chunk >= num_cols - col) end = 0;
-        element *to =
-            static_cast<element *>(base) + (int64_t{work.row_begin} + begin + row) * stride + col + chunk;
+        element *to = static_cast<element *>(base) +
+                      (int64_t{work.row_begin} + begin + row) * stride + col + chunk;
         __syncwarp();
 #pragma unroll
         for (int r = 0; r < 16; r += kAtOnce) {
@@ -584,6 +557,41 @@ struct gemm_wgmma {
             to += kAtOnce * stride;
         }
         __syncwarp(); // before the next put
+    }
+
+    // With few registers: where the warp is lies in shared memory while its results leave.
+    static __device__ __forceinline__ void keep(shared &smem, const position &at, uint32_t last,
+                                                uint32_t tile)
+    {
+        if constexpr (kFewRegisters) {
+            if (threadIdx.x % 32 == 0)
+                smem.kept[threadIdx.x / 32] = make_uint4(at.stage, at.parity, last, tile);
+            __syncwarp();
+        }
+    }
+
+    static __device__ __forceinline__ void take_back(const shared &smem, position &at,
+                                                     uint32_t &last, uint32_t &tile)
+    {
+        if constexpr (kFewRegisters) {
+            uint4 kept = load_shared_16(shared_address(&smem.kept[threadIdx.x / 32]));
+            at.stage = kept.x, at.parity = kept.y, last = kept.z, tile = kept.w;
+        }
+    }
+
+    // Router weights of this thread's two rows, one after the other.
+    template <class Args>
+    static __device__ __forceinline__ void load_late(float (&weight)[2], const work &work,
+                                                     const Args &args)
+    {
+        if (!args.topk_weights) return;
+        int32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+#pragma unroll
+        for (int half = 0; half < 2; ++half, row += 8) {
+            asm volatile("" : "+r"(row) : : "memory");
+            int32_t slot = row < work.num_rows ? args.sorted_token_ids[work.row_begin + row] : -1;
+            weight[half] = weight_of(slot, args);
+        }
     }
 
     static __device__ __forceinline__ void producer_sync() { named_barrier_sync(1, kCopyThreads); }
@@ -606,7 +614,7 @@ struct gemm_wgmma {
 
     // All tiles of this block. Problem: weights, tokens: the maps; box(col, part, rows) -> coordinates of half the
     // weights of a tile; tokens(), token_stride(): of gathered rows;
-    // write(out, work, sums, weight of this thread's two rows); args, num_cols, k_size; kTaken: which
+    // write(results, sums, weight of this thread's two rows); args, num_cols, k_size; kTaken: which
     // number behind num_tiles counts the items taken.
     template <class Problem>
     static __device__ __forceinline__ void run(shared &smem, const Problem &problem)
@@ -624,8 +632,7 @@ struct gemm_wgmma {
         if (threadIdx.x >= kMathThreads) {
             set_registers_fewer<kCopyRegisters>();
             if constexpr (kFewRegisters) {
-                if (kGather || threadIdx.x == kMathThreads)
-                    produce_few(smem, at, list, work, problem);
+                produce(smem, at, list, work, problem);
                 return;
             }
             const bool first = threadIdx.x == kMathThreads;
@@ -653,65 +660,39 @@ struct gemm_wgmma {
             uint32_t turn = 0;
             // What a tile is stays in shared memory: the sums leave few registers.
             for (int32_t num_rows = work.num_rows; num_rows >= 0; ++tile) {
-                float sums[kBlocks][kSums], weight[kBlocks][2]; // of this thread's rows
-#pragma unroll
-                for (int block = 0; block < kBlocks; ++block)
-                    weight[block][0] = weight[block][1] = 1.0f;
-                int32_t slot[kBlocks][2];
+                float sums[kSums], weight[2] = {1.0f, 1.0f}; // of this thread's two rows
+                int32_t slot[2];
                 auto load_slot = [&] {
                     if (!args.topk_weights) return;
                     const auto own = get_work(smem, tile);
                     int32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
-                    for (int i = 0; i < 2 * kBlocks; ++i, row += i % 2 ? 8 : kGroups * 64 - 8)
-                        slot[i / 2][i % 2] =
-                            row < own.num_rows ? args.sorted_token_ids[own.row_begin + row] : -1;
+                    for (int half = 0; half < 2; ++half)
+                        slot[half] = row + half * 8 < own.num_rows
+                                         ? args.sorted_token_ids[own.row_begin + row + half * 8]
+                                         : -1;
                 };
                 auto load_weight = [&] {
                     if (!args.topk_weights) return;
 #pragma unroll
-                    for (int i = 0; i < 2 * kBlocks; ++i)
-                        weight[i / 2][i % 2] = weight_of(slot[i / 2][i % 2], args);
+                    for (int half = 0; half < 2; ++half)
+                        weight[half] = weight_of(slot[half], args);
                 };
-                auto load_first = [&] {
+                // gate_up rarely has any, and activations that need the registers
+                constexpr bool kLate = kFewRegisters && kGather;
+                auto after_first = [&] {
                     if constexpr (!kLate) load_slot();
                 };
-                auto load_last = [&] {
+                auto after_last = [&] {
                     if constexpr (!kLate) load_weight();
                 };
-                multiply(sums, smem, at, num_rows, num_steps, turn, load_first, load_last);
+                multiply(sums, smem, at, num_rows, num_steps, turn, after_first, after_last);
                 if (static_cast<int32_t>(threadIdx.x / 128 * 64) < get_work(smem, tile).num_rows) {
-                    uint32_t last = (at.stage + kStages - 1) % kStages, warp = threadIdx.x / 32;
-                    if constexpr (kFewRegisters) {
-                        if (threadIdx.x % 32 == 0)
-                            smem.kept[warp] = make_uint4(at.stage, at.parity, last, tile);
-                        __syncwarp();
-                    }
-#pragma unroll
-                    for (int32_t block = 0; block < kBlocks; ++block) {
-                        const results to{smem, tile, last, block};
-                        if constexpr (kLate)
-                            if (args.topk_weights) {
-                                const auto own = to.work();
-                                int32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-#pragma unroll
-                                for (int half = 0; half < 2; ++half, row += 8) {
-                                    asm volatile("" : "+r"(row) : : "memory"); // one after the other
-                                    int32_t slot = row < own.num_rows
-                                                       ? args.sorted_token_ids[own.row_begin + row]
-                                                       : -1;
-                                    weight[block][half] = weight_of(slot, args);
-                                }
-                            }
-                        problem.template write<gemm_wgmma>(to, sums[block], weight[block]);
-                        if constexpr (kBlocks == 2) {
-                            if (to.work().num_rows <= static_cast<int32_t>((kGroups + threadIdx.x / 128) * 64)) break;
-                        }
-                    }
-                    if constexpr (kFewRegisters) {
-                        uint4 kept = load_shared_16(shared_address(&smem.kept[warp]));
-                        at.stage = kept.x, at.parity = kept.y, last = kept.z, tile = kept.w;
-                    }
+                    uint32_t last = (at.stage + kStages - 1) % kStages;
+                    keep(smem, at, last, tile);
+                    if constexpr (kLate) load_late(weight, results{smem, tile, last}.work(), args);
+                    problem.template write<gemm_wgmma>(results{smem, tile, last}, sums, weight);
+                    take_back(smem, at, last, tile);
                     if constexpr (kOutInRing) {
                         if constexpr (!kGather) fence_proxy_async(); // the copy engine writes next
                         release_stage(smem.read[last]);
