@@ -84,9 +84,10 @@ struct gate_up_problem {
 #pragma unroll 1
             for (int j = 0; j < kHalfBlocks; j += 2) {
                 uint32_t pairs[4];
+                // the sums leave few registers: what they are chosen by, and what tile this is, is looked at anew
                 int32_t second = part, with_up = gated;
-                asm volatile("" : "+r"(second), "+r"(with_up)); // not chosen for all sums ahead
-                // the sums leave few registers: nothing that follows from these is kept over the loop
+                forget(second);
+                forget(with_up);
                 const uint32_t out = to.out();
                 const auto work = to.work();
                 weight_rows rows = gate_up_rows<T>(work.expert, args);

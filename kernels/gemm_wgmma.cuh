@@ -518,7 +518,7 @@ struct gemm_wgmma {
         __device__ __forceinline__ uint32_t out() const
         {
             uint32_t rows = out_rows(smem, kFewRegisters ? kept().z : stage);
-            asm volatile("" : "+r"(rows)); // what follows from it is not kept over tiles
+            forget(rows);
             return rows;
         }
     };
@@ -588,7 +588,7 @@ struct gemm_wgmma {
         int32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
 #pragma unroll
         for (int half = 0; half < 2; ++half, row += 8) {
-            asm volatile("" : "+r"(row) : : "memory");
+            forget(row);
             int32_t slot = row < work.num_rows ? args.sorted_token_ids[work.row_begin + row] : -1;
             weight[half] = weight_of(slot, args);
         }
