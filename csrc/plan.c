@@ -309,9 +309,8 @@ static int32_t tall_cols(const variant *v, const gemm_shape *s)
     const int64_t by_192 = ceil_div(s->weight_rows, 192) * 192,
                   by_256 = ceil_div(s->weight_rows, 256) * 256;
     if (v->stage == STAGE_down) return by_256 <= by_192 + by_192 / 32 ? 256 : 192;
-    if (by_256 == 256 && s->weight_rows > 192) return 256;
     if (s->weight_rows % 224 == 0) return 224;
-    return by_192 * 4 >= s->weight_rows * 5 ? 128 : 192;
+    return by_192 > 192 && by_256 == 256 ? 256 : 192;
 }
 
 /* Where they are for: most experts have one of them, many would have two of 128 rows, and there are some for every SM, or
@@ -319,7 +318,7 @@ static int32_t tall_cols(const variant *v, const gemm_shape *s)
  * (docs/notes/hopper_kernels.md). */
 static bool wants_tall(const variant *v, const gemm_shape *s, const moe_device_info *d)
 {
-    if (v->rows > TALL_ROWS || v->cols != tall_cols(v, s)) return false;
+    if (v->cols != tall_cols(v, s)) return false;
     const double tall = expected_tiles(s, TALL_ROWS), low = expected_tiles(s, 128);
     const double cols = (double)ceil_div(s->weight_rows, v->cols);
     const bool one_wave = tall * cols <= d->num_sms && low * cols > d->num_sms;
@@ -336,7 +335,7 @@ static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem 
             !usable(&VARIANTS[i], stage, p, d) || !allowed(i, stage, p, d))
             continue;
         if (d->tile_rows == 0 && d->gate_up_row <= 0 && d->down_row <= 0 &&
-            tile_rows >= TALL_ROWS && !wants_tall(&VARIANTS[i], s, d))
+            tile_rows == TALL_ROWS && !wants_tall(&VARIANTS[i], s, d))
             continue;
         const double cost = gemm_us(&VARIANTS[i], s, d);
         if (best < 0 || cost < *us) {
