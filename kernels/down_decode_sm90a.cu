@@ -479,6 +479,7 @@ struct down_decode {
         extern __shared__ __align__(1024) unsigned char dynamic_shared[];                          \
         down_decode<type, rows / 8, cols>(args, body, rest, dynamic_shared).run();                 \
     }
+#define MOE_KERNEL_sm90a_down_add(...)
 #define MOE_KERNEL_sm90a_decode_gate_up(...)
 #define MOE_KERNEL_sm90a_gate_up(...)
 #define MOE_KERNEL_sm90a_down(...)

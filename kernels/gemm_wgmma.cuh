@@ -41,7 +41,8 @@ struct gemm_wgmma {
     static constexpr bool kOutInRing = MOE_GEMM_OUT_COLS_sm90a(kRows, kCols, kTileK, kStages) == 0;
     static constexpr int kOutCols =
         kOutInRing ? kTileK : MOE_GEMM_OUT_COLS_sm90a(kRows, kCols, kTileK, kStages);
-    static constexpr int kOutPitch = kOutCols * 2 + 16; // bytes; eight rows lie in different banks
+    // bytes; eight rows lie in different banks, and behind each there is room for its router weight
+    static constexpr int kOutPitch = kOutCols * 2 + 16;
     // The sums leave few registers, for the math and for the copies: what can lies in shared memory.
     static constexpr bool kFewRegisters = kGroups == 3 && kCols > 192;
     // All of what the launch gives goes to whoever needs it; no more, or a warp would wait for it for ever.
@@ -108,29 +109,40 @@ struct gemm_wgmma {
         return {held.x, held.y, held.z, held.w & ~1, (held.w & 1) != 0};
     }
 
-    // The list as items: all column tiles of kRaster entries, then of the next kRaster entries.
+    // The list as items: all column tiles of kRaster entries, then of the next kRaster entries. With bands: those of the
+    // first band_tiles column tiles, then of the next.
     struct list {
         const moe_tile *tiles;
         int64_t num_slots;
-        uint32_t num_tiles, col_tiles;
+        uint32_t num_tiles, col_tiles, band_tiles; // band_tiles 0: all of them are one band
 
         template <class Args>
-        __device__ __forceinline__ list(const Args &args, int32_t num_cols)
+        __device__ __forceinline__ list(const Args &args, int32_t num_cols, uint32_t band_tiles)
             : tiles(args.tiles), num_slots(args.num_slots),
               num_tiles(min(__ldcg(args.num_tiles), args.max_tiles)),
-              col_tiles((static_cast<uint32_t>(num_cols) + kCols - 1) / kCols)
+              col_tiles((static_cast<uint32_t>(num_cols) + kCols - 1) / kCols),
+              band_tiles(band_tiles)
         {
         }
 
         __device__ __forceinline__ work find(uint32_t item) const
         {
-            uint32_t group = item / (kRaster * col_tiles);
+            uint32_t first = 0, cols = col_tiles; // of the band
+            if (band_tiles) {
+                uint32_t band = item / max(band_tiles * num_tiles, 1u);
+                item -= band * (band_tiles * num_tiles);
+                first = band * band_tiles;
+                if (first >= col_tiles) return {0, 0, -1, 0, false};
+                cols = min(band_tiles, col_tiles - first);
+            }
+            uint32_t group = item / (kRaster * cols);
             if (group * kRaster >= num_tiles) return {0, 0, -1, 0, false};
-            uint32_t in_group = item - group * (kRaster * col_tiles);
+            uint32_t in_group = item - group * (kRaster * cols);
             uint32_t group_tiles = min(kRaster, num_tiles - group * kRaster);
             uint32_t col = in_group / group_tiles;
-            if (col >= col_tiles) return {0, 0, -1, 0, false}; // the last group is smaller
+            if (col >= cols) return {0, 0, -1, 0, false}; // the last group is smaller
             uint32_t tile = group * kRaster + in_group - col * group_tiles;
+            col += first;
             int4 found = __ldcg(reinterpret_cast<const int4 *>(tiles + tile));
             int32_t before = tile > 0 ? __ldcg(&tiles[tile - 1].expert) : -1;
             int32_t rows =
@@ -502,22 +514,23 @@ struct gemm_wgmma {
             return out + row * kOutPitch + chunk * 16;
     }
 
+    static __device__ __forceinline__ uint4 load_kept(const shared &smem)
+    {
+        return load_shared_16(shared_address(&smem.kept[threadIdx.x / 32]));
+    }
+
     // A warp's results: of which tile, and where they are put before they leave.
     struct results {
         shared &smem;
         uint32_t tile, stage;
 
-        __device__ __forceinline__ uint4 kept() const
-        {
-            return load_shared_16(shared_address(&smem.kept[threadIdx.x / 32]));
-        }
         __device__ __forceinline__ struct work work() const
         {
-            return get_work(smem, kFewRegisters ? kept().w : tile);
+            return get_work(smem, kFewRegisters ? load_kept(smem).w : tile);
         }
         __device__ __forceinline__ uint32_t out() const
         {
-            uint32_t rows = out_rows(smem, kFewRegisters ? kept().z : stage);
+            uint32_t rows = out_rows(smem, kFewRegisters ? load_kept(smem).z : stage);
             forget(rows);
             return rows;
         }
@@ -574,24 +587,155 @@ struct gemm_wgmma {
                                                      uint32_t &last, uint32_t &tile)
     {
         if constexpr (kFewRegisters) {
-            uint4 kept = load_shared_16(shared_address(&smem.kept[threadIdx.x / 32]));
+            uint4 kept = load_kept(smem);
             at.stage = kept.x, at.parity = kept.y, last = kept.z, tile = kept.w;
         }
     }
 
-    // Router weights of this thread's two rows, one after the other.
-    template <class Args>
-    static __device__ __forceinline__ void load_late(float (&weight)[2], const work &work,
-                                                     const Args &args)
-    {
-        if (!args.topk_weights) return;
-        int32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-#pragma unroll
-        for (int half = 0; half < 2; ++half, row += 8) {
-            forget(row);
-            int32_t slot = row < work.num_rows ? args.sorted_token_ids[work.row_begin + row] : -1;
-            weight[half] = weight_of(slot, args);
+    // Router weights where they are rare (gate_up): a thread has those of its two rows.
+    struct own_weights {
+        int32_t slot[2];
+        float weight[2] = {1.0f, 1.0f};
+
+        static __device__ __forceinline__ int32_t row()
+        {
+            return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
         }
+
+        template <class Args>
+        __device__ __forceinline__ void after_first(const shared &smem, uint32_t tile,
+                                                    const Args &args)
+        {
+            if (!args.topk_weights) return;
+            const auto own = get_work(smem, tile);
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                slot[half] = row() + half * 8 < own.num_rows
+                                 ? args.sorted_token_ids[own.row_begin + row() + half * 8]
+                                 : -1;
+        }
+
+        template <class Args>
+        __device__ __forceinline__ void after_last(shared &, const Args &args)
+        {
+            if (!args.topk_weights) return;
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                weight[half] = weight_of(slot[half], args);
+        }
+
+        template <class Args>
+        __device__ __forceinline__ void next(const work &, const Args &)
+        {
+        }
+
+        template <class Args>
+        __device__ __forceinline__ void get(const shared &, const Args &)
+        {
+        }
+    };
+
+    // The same where the sums leave no registers: loaded behind the math, one after the other.
+    struct late_weights : own_weights {
+        using own_weights::weight;
+
+        template <class Args>
+        __device__ __forceinline__ void after_first(const shared &, uint32_t, const Args &)
+        {
+        }
+
+        template <class Args>
+        __device__ __forceinline__ void after_last(shared &, const Args &)
+        {
+        }
+
+        template <class Args>
+        __device__ __forceinline__ void get(shared &smem, const Args &args)
+        {
+            weight[0] = weight[1] = 1.0f;
+            if (!args.topk_weights) return;
+            const auto work = get_work(smem, load_kept(smem).w);
+            int32_t row = own_weights::row();
+#pragma unroll
+            for (int half = 0; half < 2; ++half, row += 8) {
+                forget(row);
+                int32_t slot =
+                    row < work.num_rows ? args.sorted_token_ids[work.row_begin + row] : -1;
+                weight[half] = weight_of(slot, args);
+            }
+        }
+    };
+
+    // Where they are the rule (down): a load that waits for another at the end of a tile is time in which nothing
+    // multiplies, so lane l asks for the slot of the warp's row l a tile ahead and has the weight copied during the first
+    // step, to behind the row's results in shared memory.
+    struct copied_weights {
+        int32_t slot;
+        float weight[2];
+
+        static __device__ __forceinline__ int32_t row()
+        {
+            return threadIdx.x / 32 * 16 + threadIdx.x % 16;
+        }
+
+        static __device__ __forceinline__ float *at(shared &smem, int32_t row)
+        {
+            if constexpr (kOutInRing)
+                return reinterpret_cast<float *>(smem.row_token) + row; // no tokens here
+            else
+                return reinterpret_cast<float *>(&smem.out[row][kOutCols * 2]);
+        }
+
+        // Outside of multiply: a warpgroup of padding alone has no first step.
+        template <class Args>
+        __device__ __forceinline__ void next(const work &work, const Args &args)
+        {
+            if (!args.topk_weights) return;
+            slot = row() < work.num_rows ? args.sorted_token_ids[work.row_begin + row()] : -1;
+        }
+
+        template <class Args>
+        __device__ __forceinline__ void after_first(shared &smem, uint32_t, const Args &args) const
+        {
+            if (!args.topk_weights || args.weights_dtype != MOE_F32) return;
+            int32_t token = token_of(slot, args);
+            const float *from = static_cast<const float *>(args.topk_weights);
+            if (token >= 0) from += token * args.weights_stride + (slot - token * args.topk);
+            if (threadIdx.x % 32 < 16)
+                cp_async_4(shared_address(at(smem, row())), from, token >= 0 ? 4 : 0);
+            cp_async_commit();
+        }
+
+        // No copy converts.
+        template <class Args>
+        __device__ __forceinline__ void after_last(shared &smem, const Args &args) const
+        {
+            if (!args.topk_weights || args.weights_dtype == MOE_F32) return;
+            float of_row = weight_of(slot, args);
+            if (threadIdx.x % 32 < 16) *at(smem, row()) = of_row;
+        }
+
+        template <class Args>
+        __device__ __forceinline__ void get(shared &smem, const Args &args)
+        {
+            weight[0] = weight[1] = 1.0f;
+            if (!args.topk_weights) return;
+            cp_async_wait<0>();
+            __syncwarp();
+            int32_t own = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+            weight[0] = *at(smem, own);
+            weight[1] = *at(smem, own + 8);
+        }
+    };
+
+    static __device__ __forceinline__ auto router_weights()
+    {
+        if constexpr (kGather && kFewRegisters)
+            return late_weights{};
+        else if constexpr (kGather)
+            return own_weights{};
+        else
+            return copied_weights{};
     }
 
     static __device__ __forceinline__ void producer_sync() { named_barrier_sync(1, kCopyThreads); }
@@ -614,8 +758,8 @@ struct gemm_wgmma {
 
     // All tiles of this block. Problem: weights, tokens: the maps; box(col, part, rows) -> coordinates of half the
     // weights of a tile; tokens(), token_stride(): of gathered rows;
-    // write(results, sums, weight of this thread's two rows); args, num_cols, k_size; kTaken: which
-    // number behind num_tiles counts the items taken.
+    // write(results, sums, weight of this thread's two rows); args, num_cols, k_size; band_tiles: of the
+    // list; kTaken: which number behind num_tiles counts the items taken.
     template <class Problem>
     static __device__ __forceinline__ void run(shared &smem, const Problem &problem)
     {
@@ -625,7 +769,7 @@ struct gemm_wgmma {
         grid_launch_dependents();
         int32_t num_steps = (problem.k_size + kTileK - 1) / kTileK;
         position at;
-        const list list(args, problem.num_cols);
+        const list list(args, problem.num_cols, problem.band_tiles);
         uint32_t tile = 0;
         work work = list.find(blockIdx.x);
 
@@ -658,40 +802,22 @@ struct gemm_wgmma {
         } else {
             set_registers_more<kMathRegisters>();
             uint32_t turn = 0;
+            auto rows = router_weights();
+            rows.next(work, args);
             // What a tile is stays in shared memory: the sums leave few registers.
             for (int32_t num_rows = work.num_rows; num_rows >= 0; ++tile) {
-                float sums[kSums], weight[2] = {1.0f, 1.0f}; // of this thread's two rows
-                int32_t slot[2];
-                auto load_slot = [&] {
-                    if (!args.topk_weights) return;
-                    const auto own = get_work(smem, tile);
-                    int32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-#pragma unroll
-                    for (int half = 0; half < 2; ++half)
-                        slot[half] = row + half * 8 < own.num_rows
-                                         ? args.sorted_token_ids[own.row_begin + row + half * 8]
-                                         : -1;
-                };
-                auto load_weight = [&] {
-                    if (!args.topk_weights) return;
-#pragma unroll
-                    for (int half = 0; half < 2; ++half)
-                        weight[half] = weight_of(slot[half], args);
-                };
-                // gate_up rarely has any, and activations that need the registers
-                constexpr bool kLate = kFewRegisters && kGather;
-                auto after_first = [&] {
-                    if constexpr (!kLate) load_slot();
-                };
-                auto after_last = [&] {
-                    if constexpr (!kLate) load_weight();
-                };
-                multiply(sums, smem, at, num_rows, num_steps, turn, after_first, after_last);
+                float sums[kSums];
+                multiply(
+                    sums, smem, at, num_rows, num_steps, turn,
+                    [&] { rows.after_first(smem, tile, args); },
+                    [&] { rows.after_last(smem, args); });
+                rows.next(get_work(smem, tile + 1), args);
                 if (static_cast<int32_t>(threadIdx.x / 128 * 64) < get_work(smem, tile).num_rows) {
                     uint32_t last = (at.stage + kStages - 1) % kStages;
                     keep(smem, at, last, tile);
-                    if constexpr (kLate) load_late(weight, results{smem, tile, last}.work(), args);
-                    problem.template write<gemm_wgmma>(results{smem, tile, last}, sums, weight);
+                    rows.get(smem, args);
+                    problem.template write<gemm_wgmma>(results{smem, tile, last}, sums,
+                                                       rows.weight);
                     take_back(smem, at, last, tile);
                     if constexpr (kOutInRing) {
                         if constexpr (!kGather) fence_proxy_async(); // the copy engine writes next
