@@ -307,16 +307,28 @@ static int32_t most_swap_rows(const moe_problem *p, const moe_device_info *d)
     return tiles < d->num_sms ? 72 : 48;
 }
 
-/* Where tiles of TALL_ROWS rows are for: most experts have one of them, many would have two of 128 rows, and there are some
- * for every SM. Elsewhere they were measured to be slower (docs/notes/hopper_kernels.md). */
+/* Columns of tiles of TALL_ROWS rows. Measured: gate_up takes all of its columns at once where they fit, so that token rows
+ * come once; down takes the wider tile unless more of it is padding. */
+static int32_t tall_cols(const variant *v, const gemm_shape *s)
+{
+    const int64_t by_192 = ceil_div(s->weight_rows, 192) * 192,
+                  by_256 = ceil_div(s->weight_rows, 256) * 256;
+    if (v->stage == STAGE_down) return by_256 <= by_192 + by_192 / 32 ? 256 : 192;
+    if (s->weight_rows % 224 == 0) return 224;
+    return by_192 > 192 && by_256 == 256 ? 256 : 192;
+}
+
+/* Where they are for: most experts have one of them, many would have two of 128 rows, and there are some for every SM, or
+ * at most one where those of 128 rows are more. Elsewhere they were measured to be slower
+ * (docs/notes/hopper_kernels.md). */
 static bool wants_tall(const variant *v, const gemm_shape *s, const moe_device_info *d)
 {
-    /* measured: 128 columns are slower than 192 unless these are padding to a quarter */
-    const bool wasteful = ceil_div(s->weight_rows, 192) * 192 * 4 >= s->weight_rows * 5;
-    if (v->cols < 192 && !wasteful) return false;
+    if (v->cols != tall_cols(v, s)) return false;
     const double tall = expected_tiles(s, TALL_ROWS), low = expected_tiles(s, 128);
+    const double cols = (double)ceil_div(s->weight_rows, v->cols);
+    const bool one_wave = tall * cols <= d->num_sms && low * cols > d->num_sms;
     return tall <= 1.1 * s->experts && low >= 1.25 * s->experts &&
-           tall * (double)ceil_div(s->weight_rows, v->cols) >= 1.5 * d->num_sms;
+           (one_wave || tall * cols >= 1.5 * d->num_sms);
 }
 
 static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem *p,
@@ -595,8 +607,8 @@ static void choose_adds(moe_plan *plan, const moe_device_info *d, const gemm_sha
         return;
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
         const variant *v = &VARIANTS[i];
-        if (v->rows != chosen->rows || v->cols != chosen->cols || !usable(v, STAGE_down_add, p, d))
-            continue;
+        const bool fits = v->cols == chosen->cols || v->rows == TALL_ROWS;
+        if (v->rows != chosen->rows || !fits || !usable(v, STAGE_down_add, p, d)) continue;
         fill_gemm(&plan->down, i, down, d, plan->down.us);
         plan->adds = 1;
         plan->deterministic = 0;

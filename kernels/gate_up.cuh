@@ -23,8 +23,9 @@ static __device__ __forceinline__ float clamp(float x, float limit)
 }
 
 // y = silu(g) u, with a limit before or after the product's first factor where there is one.
+template <int N>
 static __device__ __forceinline__ void
-activate_silu(float (&y)[4], const float (&g)[4], const float (&u)[4], const moe_gate_up_args &args)
+activate_silu(float (&y)[N], const float (&g)[N], const float (&u)[N], const moe_gate_up_args &args)
 {
     float limit = args.activation_limit;
     bool gated = args.gated, limited = limit > 0.0f;
@@ -32,7 +33,7 @@ activate_silu(float (&y)[4], const float (&g)[4], const float (&u)[4], const moe
     bool after = limited && args.clamp == MOE_CLAMP_AFTER;
     bool both = before || after;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < N; ++i) {
         float f = swish(before ? at_most(g[i], limit) : g[i], 1.0f);
         if (after) f = at_most(f, limit);
         y[i] = gated ? f * (both ? clamp(u[i], limit) : u[i]) : f;
@@ -40,8 +41,9 @@ activate_silu(float (&y)[4], const float (&g)[4], const float (&u)[4], const moe
 }
 
 // y = f(g) u; u is 1 where not gated (swiglu_oai always is).
-static __device__ __forceinline__ void activate(float (&y)[4], const float (&g)[4],
-                                                const float (&u)[4], const moe_gate_up_args &args)
+template <int N>
+static __device__ __forceinline__ void activate(float (&y)[N], const float (&g)[N],
+                                                const float (&u)[N], const moe_gate_up_args &args)
 {
     float alpha = args.activation_alpha, limit = args.activation_limit;
     bool gated = args.gated, limited = limit > 0.0f;
@@ -51,33 +53,33 @@ static __device__ __forceinline__ void activate(float (&y)[4], const float (&g)[
         break;
     case MOE_ACT_GELU:
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
+        for (int i = 0; i < N; ++i)
             y[i] = 0.5f * g[i] * (1.0f + erff(g[i] * 0.70710678118654752f)) * u[i];
         break;
     case MOE_ACT_GELU_TANH:
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < N; ++i) {
             float inner = 0.79788456080286536f * (g[i] + 0.044715f * g[i] * g[i] * g[i]);
             y[i] = 0.5f * g[i] * (1.0f + tanhf(inner)) * u[i];
         }
         break;
     case MOE_ACT_RELU2:
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < N; ++i) {
             float positive = g[i] < 0.0f ? 0.0f : g[i];
             y[i] = positive * positive * u[i];
         }
         break;
     case MOE_ACT_SWIGLU_OAI:
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < N; ++i) {
             float x = limited ? at_most(g[i], limit) : g[i];
             y[i] = swish(x, alpha) * ((limited ? clamp(u[i], limit) : u[i]) + 1.0f);
         }
         break;
     default: // MOE_ACT_SITU
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < N; ++i) {
             float up = gated && limited ? limit * tanhf(u[i] / limit) : u[i];
             y[i] = alpha * tanhf(g[i] / alpha) * swish(1.0f, g[i]) * up;
         }
@@ -108,16 +110,16 @@ static __device__ __forceinline__ weight_rows gate_up_rows(int32_t expert,
 
 // Outputs out, out + 1, out + step, out + step + 1 of a row, in f32: bias, weight, activation. g, u: the sums (u: 1 where
 // not gated). Those past intermediate_size are anything.
-static __device__ __forceinline__ void make_outputs(float (&y)[4], float (&g)[4], float (&u)[4],
-                                                    int32_t out, int32_t step, float weight,
-                                                    int32_t expert, const weight_rows &rows,
-                                                    const moe_gate_up_args &args)
+template <int N>
+static __device__ __forceinline__ void
+make_outputs(float (&y)[N], float (&g)[N], float (&u)[N], int32_t out, int32_t step, float weight,
+             int32_t expert, const weight_rows &rows, const moe_gate_up_args &args)
 {
     int32_t gated = args.gated;
     if (args.w13_bias) {
         int64_t base = expert * args.w13_bias_stride;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < N; ++i) {
             int32_t at = out + i / 2 * step + i % 2;
             if (at >= args.intermediate_size) break;
             int32_t col = gated ? 2 * at : at;
@@ -128,7 +130,7 @@ static __device__ __forceinline__ void make_outputs(float (&y)[4], float (&g)[4]
     }
     if (args.topk_weights) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < N; ++i) {
             g[i] *= weight;
             if (gated) u[i] *= weight;
         }

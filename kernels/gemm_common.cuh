@@ -22,6 +22,13 @@ struct weight_rows {
     }
 };
 
+// The compiler knows nothing of x from here on: what follows from it is not computed ahead and kept in registers.
+template <class T>
+static __device__ __forceinline__ void forget(T &x)
+{
+    asm volatile("" : "+r"(x) : : "memory");
+}
+
 // The token of a slot, -1 for none. What sorted_token_ids says is not trusted: stages can be called alone.
 template <class Args>
 static __device__ __forceinline__ int32_t token_of(int32_t slot, const Args &args)

@@ -5,10 +5,12 @@
  * How    one thread block per SM, which takes tiles from the list as long as there are any. A producer warpgroup
  *        fills a ring of kStages stages and runs ahead into the next tile: weights by the copy engine in two boxes of
  *        kCols / 2 rows, token rows by it too, or by 16-byte cp.async where they are gathered. Math warpgroups, two
- *        or three, multiply 64 rows each with wgmma m64n<kCols>k16, token rows on M, weight rows on N, both operands from the ring.
+ *        or three, multiply 64 rows each with wgmma m64n<kCols>k16 (two of half the columns where three of them have more
+ *        than 192), token rows on M, weight rows on N, both operands from the ring.
  *        Chunk c of row r lies at chunk c ^ (r % 8), wgmma's 128-byte swizzle, whoever writes it.
  * Out    a warp puts its 16 rows of rounded results into shared memory (stmatrix), kOutCols columns at a time, and
- *        stores them row after row: whole lines, and no other warp waits for it
+ *        stores them row after row: whole lines, and no other warp waits for it. Where the ring leaves no room, the
+ *        rows that the warp has just multiplied by make it
  * Tails  weight rows past the last one and K past its end are zeros in shared memory and are never read from global
  *        memory. Gathered rows past the tile are zeros; rows of the intermediate past the tile may be another
  *        expert's or anything, and are not written. A warpgroup whose 64 rows all lie past the tile does no math. */
@@ -21,7 +23,6 @@
 template <class Type, bool kGather, int kRows_, int kCols_, int kTileK_, int kStages_>
 struct gemm_wgmma {
     static constexpr int kRows = kRows_, kCols = kCols_, kTileK = kTileK_, kStages = kStages_;
-    static constexpr int kOutCols = MOE_GEMM_OUT_COLS_sm90a(kRows, kCols, kTileK, kStages);
     using T = Type;
     using element = typename Type::element;
 
@@ -30,17 +31,28 @@ struct gemm_wgmma {
     static constexpr int kCopyThreads = 32 * MOE_GEMM_PRODUCERS_sm90a;
     static constexpr int kChunks = kTileK / 8; // 16-byte chunks of a row of a stage
     static constexpr int kPassRows = kCopyThreads / kChunks;
+    static constexpr int kPasses = kRows / kPassRows;
     static constexpr int kTokenBytes = kRows * kTileK * 2; // of a stage
     static constexpr int kGroupBytes = 64 * kTileK * 2;    // the rows of one math warpgroup
     static constexpr int kWeightBytes = kCols * kTileK * 2;
     static constexpr int kBoxRows = MOE_GEMM_WEIGHT_BOX_sm90a(kCols); // two boxes a stage
     static constexpr int kSums = kCols / 2;                           // of a thread
+    // Without room of their own results leave through the token rows of their tile's last stage, 64 columns at a time.
+    static constexpr bool kOutInRing = MOE_GEMM_OUT_COLS_sm90a(kRows, kCols, kTileK, kStages) == 0;
+    static constexpr int kOutCols =
+        kOutInRing ? kTileK : MOE_GEMM_OUT_COLS_sm90a(kRows, kCols, kTileK, kStages);
     // bytes; eight rows lie in different banks, and behind each there is room for its router weight
     static constexpr int kOutPitch = kOutCols * 2 + 16;
-    // What the launch gives (65536, or what it rounds that to) goes to whoever needs it.
-    static constexpr int kMathRegisters = kGroups == 2 ? 216 : 152;
-    static constexpr int kCopyRegisters = kGroups == 2 ? 72 : 56;
-    static_assert(kMathThreads * kMathRegisters + kCopyThreads * kCopyRegisters <= 65536);
+    // The sums leave few registers, for the math and for the copies: what can lies in shared memory.
+    static constexpr bool kFewRegisters = kGroups == 3 && kCols > 192;
+    // All of what the launch gives goes to whoever needs it; no more, or a warp would wait for it for ever.
+    static constexpr int kMathRegisters = kGroups == 2 ? 216 : kFewRegisters ? 160 : 152;
+    static constexpr int kCopyRegisters = kGroups == 2 ? 72 : kFewRegisters ? 32 : 56;
+    static constexpr int kThreads = kMathThreads + kCopyThreads;
+    static_assert(kMathThreads * kMathRegisters + kCopyThreads * kCopyRegisters <=
+                  65536 / kThreads / 8 * 8 * kThreads);
+    // Token rows of a step from shared memory once, not once for each of the two instructions of its columns.
+    static constexpr bool kTokenRegisters = kFewRegisters && kCols == 224;
     // Tiles in a column before the next column: neighbours in time share weights and token rows in L2.
     static constexpr uint32_t kRaster = 8;
     // Items a block knows ahead: it takes the first kAhead at fixed places, then whatever is next when it gets there.
@@ -48,18 +60,18 @@ struct gemm_wgmma {
     static constexpr uint32_t kAhead = 3, kItems = 16;
     // In tiles of few steps each warpgroup starts kLag steps behind the one before: one's results leave during the
     // others' math.
-    static constexpr int32_t kLag = kGroups == 2 ? 2 : 1, kLagSteps = 4;
+    static constexpr int32_t kLag = kGroups == 2 ? 2 : 1, kLagSteps = kFewRegisters ? 0 : 4;
 
     static_assert(kTileK == MOE_MAP_COLS, "a row of a stage is the 128 bytes of the swizzle");
-    static_assert(kCols == 256 || kCols == 192 || kCols == 128, "wgmma() below");
-    static_assert(kGroups == 2 || (kGroups == 3 && kCols < 256), "registers for the sums");
+    static_assert(kCols == 256 || kCols == 224 || kCols == 192 || kCols == 128, "wgmma() below");
+    static_assert(kGroups == 2 || kGroups == 3, "registers for the sums");
     static_assert(kChunks == 8 && kPassRows == 16,
                   "copy_tile: eight lanes a row, four passes for 64 rows");
 
     struct shared {
         alignas(1024) unsigned char token[kStages][kTokenBytes];
         alignas(1024) unsigned char weight[kStages][kWeightBytes];
-        alignas(128) unsigned char out[kRows][kOutPitch];
+        alignas(128) unsigned char out[kOutInRing ? 1 : kRows][kOutInRing ? 16 : kOutPitch];
         // landed: all bytes of a stage and every gathering thread; read: its wgmma are done, one per math warp
         alignas(8) uint64_t landed[kStages];
         uint64_t read[kStages];
@@ -68,6 +80,11 @@ struct gemm_wgmma {
         int4 work[kItems];
         uint32_t item[2];
         uint64_t turn[kGroups - 1];
+        // with few registers: the token of row r of tile n at [n % 2][r % kPassRows][r / kPassRows]; where a math warp
+        // is in the ring, while its results leave, and their stage and tile
+        alignas(
+            16) int32_t row_token[kFewRegisters ? 2 : 1][kPassRows][kFewRegisters ? kPasses : 4];
+        alignas(16) uint4 kept[kFewRegisters ? kMathThreads / 32 : 1];
     };
     static_assert(sizeof(shared) <= MOE_GEMM_SMEM_BYTES_sm90a(kRows, kCols, kTileK, kStages),
                   "the host launches with the size that its macro gives");
@@ -77,20 +94,19 @@ struct gemm_wgmma {
 
     struct work {
         int32_t expert, row_begin, num_rows, col_begin; // num_rows < 0: past the end of the list
-        bool
-            alone; // the only tile of its expert: no other block reads these weights (for the producer)
+        bool alone; // the only tile of its expert: no other block reads these weights
     };
 
     static __device__ __forceinline__ void put_work(shared &smem, uint32_t tile, const work &work)
     {
-        smem.work[tile % kItems] =
-            make_int4(work.expert, work.row_begin, work.num_rows, work.col_begin);
+        smem.work[tile % kItems] = make_int4(work.expert, work.row_begin, work.num_rows,
+                                             work.col_begin | static_cast<int32_t>(work.alone));
     }
 
     static __device__ __forceinline__ work get_work(const shared &smem, uint32_t tile)
     {
         int4 held = smem.work[tile % kItems];
-        return {held.x, held.y, held.z, held.w, false};
+        return {held.x, held.y, held.z, held.w & ~1, (held.w & 1) != 0};
     }
 
     // The list as items: all column tiles of kRaster entries, then of the next kRaster entries. With bands: those of the
@@ -177,7 +193,7 @@ struct gemm_wgmma {
 
     // Pass p brings row t / kChunks + p * kPassRows. Its slot, asked for a tile ahead, is held by one of the eight threads
     // of the row, p % 8 of them, at p / 8: the addresses of this tile's rows need the registers.
-    static constexpr int kPasses = kRows / kPassRows, kHeld = (kPasses + 7) / 8;
+    static constexpr int kHeld = (kPasses + 7) / 8;
 
     // The slots of a tile's rows, asked for a tile ahead.
     template <class Problem>
@@ -242,6 +258,100 @@ struct gemm_wgmma {
         }
     }
 
+    // The producer with few registers: what a tile is and which tokens its rows are lies in shared memory.
+
+    // The slots of a tile's rows thread, thread + kCopyThreads.
+    template <class Args>
+    static __device__ __forceinline__ void load_own_slots(int32_t (&slot)[kHeld], const work &work,
+                                                          const Args &args)
+    {
+        int32_t row = threadIdx.x - kMathThreads;
+#pragma unroll
+        for (int held = 0; held < kHeld; ++held, row += kCopyThreads)
+            slot[held] = row < work.num_rows ? args.sorted_token_ids[work.row_begin + row] : -1;
+    }
+
+    template <class Args>
+    static __device__ __forceinline__ void
+    put_tokens(shared &smem, uint32_t tile, const int32_t (&slot)[kHeld], const Args &args)
+    {
+        int32_t row = threadIdx.x - kMathThreads;
+#pragma unroll
+        for (int held = 0; held < kHeld; ++held, row += kCopyThreads)
+            if (row < kRows)
+                smem.row_token[tile % 2][row % kPassRows][row / kPassRows] =
+                    token_of(slot[held], args);
+    }
+
+    // A step of a tile: this thread's chunk, from column k, of four rows at a time.
+    template <class Problem>
+    static __device__ __forceinline__ void copy_rows(uint32_t to, uint32_t tokens, int32_t num_rows,
+                                                     int32_t k, const Problem &problem)
+    {
+        static_assert(kPassRows * 4 == 64, "four passes for the rows of a warpgroup");
+        const auto *from = problem.tokens() + k;
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            if (num_rows <= group * 64) break;
+            uint4 four = load_shared_16(tokens + group * 16);
+            int32_t token[4] = {static_cast<int32_t>(four.x), static_cast<int32_t>(four.y),
+                                static_cast<int32_t>(four.z), static_cast<int32_t>(four.w)};
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                cp_async_16_wide(to + (group * 4 + i) * (kPassRows * kTileK * 2),
+                                 from + max(token[i], 0) * problem.token_stride(),
+                                 token[i] >= 0 && k < problem.k_size ? 16 : 0);
+        }
+    }
+
+    template <class Problem>
+    static __device__ __forceinline__ void copy_tile(shared &smem, position &at, uint32_t tile,
+                                                     const Problem &problem)
+    {
+        const int32_t thread = threadIdx.x - kMathThreads, row = thread / kChunks;
+        const uint32_t offset = row * (kTileK * 2) + ((thread % kChunks ^ (row & 7)) << 4);
+        const uint32_t tokens = shared_address(smem.row_token[tile % 2][row]);
+        const int32_t num_rows = get_work(smem, tile).num_rows;
+        for (int32_t k = 0; k < problem.k_size; k += kTileK, at.next()) {
+            mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
+            if (thread == 0) copy_boxes(smem, at.stage, get_work(smem, tile), k, problem);
+            if constexpr (kGather) {
+                copy_rows(shared_address(smem.token[at.stage]) + offset, tokens, num_rows,
+                          k + thread % kChunks * 8, problem);
+                cp_async_arrive(shared_address(&smem.landed[at.stage]));
+            }
+        }
+    }
+
+    // All tiles. What comes next is looked up before a tile's copies, not during them.
+    template <class Problem>
+    static __device__ __forceinline__ void produce(shared &smem, position &at, const list &list,
+                                                   const work &first, const Problem &problem)
+    {
+        const auto &args = problem.args;
+        const bool leads = threadIdx.x == kMathThreads;
+        uint32_t item = blockIdx.x + gridDim.x, after = item + gridDim.x;
+        int32_t *taken = const_cast<int32_t *>(args.num_tiles) + Problem::kTaken;
+        int32_t slot[kHeld];
+        if constexpr (kGather) load_own_slots(slot, first, args);
+        if (leads) put_work(smem, 0, first);
+        int32_t num_rows = first.num_rows;
+        for (uint32_t tile = 0; num_rows >= 0 && (kGather || leads); ++tile) {
+            if (leads) {
+                put_work(smem, tile + 1, list.find(item));
+                item = after;
+                after = kAhead * gridDim.x + atomicAdd(taken, 1);
+            }
+            if constexpr (kGather) {
+                put_tokens(smem, tile, slot, args);
+                producer_sync();
+                load_own_slots(slot, get_work(smem, tile + 1), args);
+            }
+            copy_tile(smem, at, tile, problem);
+            num_rows = get_work(smem, tile + 1).num_rows;
+        }
+    }
+
     // ---------------------------------------------------------------------------------------------
     // The math warpgroups
     // ---------------------------------------------------------------------------------------------
@@ -250,15 +360,73 @@ struct gemm_wgmma {
                                                  uint64_t weight, int32_t scale_d)
     {
         constexpr bool kBf16 = Type::kDtype == MOE_BF16;
-        if constexpr (kCols == 256 && kBf16) wgmma_m64n256k16_bf16(sums, token, weight, scale_d);
-        if constexpr (kCols == 256 && !kBf16) wgmma_m64n256k16_f16(sums, token, weight, scale_d);
+        if constexpr (kCols == 256 && kGroups == 3) {
+            // two of half the columns: one would have to fit the registers of the launch
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                auto &of = reinterpret_cast<float(&)[kSums / 2]>(sums[half * (kSums / 2)]);
+                uint64_t rows = weight + half * (kWeightBytes / 2 >> 4);
+                if constexpr (kBf16)
+                    wgmma_m64n128k16_bf16(of, token, rows, scale_d);
+                else
+                    wgmma_m64n128k16_f16(of, token, rows, scale_d);
+            }
+        }
+        if constexpr (kCols == 256 && kGroups == 2 && kBf16)
+            wgmma_m64n256k16_bf16(sums, token, weight, scale_d);
+        if constexpr (kCols == 256 && kGroups == 2 && !kBf16)
+            wgmma_m64n256k16_f16(sums, token, weight, scale_d);
         if constexpr (kCols == 192 && kBf16) wgmma_m64n192k16_bf16(sums, token, weight, scale_d);
         if constexpr (kCols == 192 && !kBf16) wgmma_m64n192k16_f16(sums, token, weight, scale_d);
         if constexpr (kCols == 128 && kBf16) wgmma_m64n128k16_bf16(sums, token, weight, scale_d);
         if constexpr (kCols == 128 && !kBf16) wgmma_m64n128k16_f16(sums, token, weight, scale_d);
     }
 
+    // The same with the token rows in registers, in two instructions of half the columns.
+    static __device__ __forceinline__ void wgmma(float (&sums)[kSums], const uint32_t (&token)[4],
+                                                 uint64_t weight, int32_t scale_d)
+    {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            auto &of = reinterpret_cast<float(&)[kSums / 2]>(sums[half * (kSums / 2)]);
+            uint64_t rows = weight + half * (kWeightBytes / 2 >> 4);
+            if constexpr (Type::kDtype == MOE_BF16)
+                wgmma_m64n112k16_bf16(of, token, rows, scale_d);
+            else
+                wgmma_m64n112k16_f16(of, token, rows, scale_d);
+        }
+    }
+
+    // All of K that way. A warp reads its own 16 rows; while it waits, the other warpgroups multiply.
+    template <class AfterFirst, class AfterLast>
+    static __device__ __forceinline__ void
+    multiply_registers(float (&sums)[kSums], shared &smem, position &at, int32_t num_steps,
+                       AfterFirst after_first, AfterLast after_last)
+    {
+        const uint32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 16;
+        for (int32_t step = 0; step < num_steps; ++step) {
+            mbarrier_wait(shared_address(&smem.landed[at.stage]), at.parity);
+            uint32_t rows = shared_address(smem.token[at.stage]) + row * (kTileK * 2);
+            uint32_t token[kTileK / 16][4];
+#pragma unroll
+            for (int k = 0; k < kTileK / 16; ++k)
+                ldmatrix_x4(token[k], rows + (((k * 2 + threadIdx.x % 32 / 16) ^ (row & 7)) << 4));
+            uint64_t weight = wgmma_descriptor(shared_address(smem.weight[at.stage]));
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < kTileK / 16; ++k)
+                wgmma(sums, token[k], weight + k * 2, step + k);
+            wgmma_commit();
+            if (step == 0) after_first();
+            if (step == num_steps - 1) after_last();
+            wgmma_wait<0>();
+            if (step < num_steps - 1) release_stage(smem.read[at.stage]);
+            at.next();
+        }
+    }
+
     // All of K. after_first, after_last: to be done while the products of a tile's first step are under way, of its last.
+    // With results in the ring the last stage stays the warp's.
     template <class AfterFirst, class AfterLast>
     static __device__ __forceinline__ void
     multiply(float (&sums)[kSums], shared &smem, position &at, int32_t num_rows, int32_t num_steps,
@@ -266,7 +434,8 @@ struct gemm_wgmma {
     {
         uint32_t group = threadIdx.x / 128;
         // The ring does not hold so much that one could be two turns ahead of the next.
-        bool staggered = num_rows > 64 && num_steps <= kLagSteps && num_steps + kLag > kStages;
+        bool staggered =
+            kLagSteps > 0 && num_rows > 64 && num_steps <= kLagSteps && num_steps + kLag > kStages;
         if (staggered && group > 0) {
             mbarrier_wait(shared_address(&smem.turn[group - 1]), turn);
             turn ^= 1;
@@ -277,6 +446,10 @@ struct gemm_wgmma {
                 release_stage(smem.read[at.stage]);
                 at.next();
             }
+            return;
+        }
+        if constexpr (kTokenRegisters) {
+            multiply_registers(sums, smem, at, num_steps, after_first, after_last);
             return;
         }
         uint32_t before = 0;
@@ -305,7 +478,10 @@ struct gemm_wgmma {
         }
         after_last();
         wgmma_wait<0>();
-        release_stage(smem.read[before]);
+        if constexpr (kOutInRing)
+            named_barrier_sync(2 + group, 128); // every warp is done with the token rows
+        else
+            release_stage(smem.read[before]);
     }
 
     // ---------------------------------------------------------------------------------------------
@@ -319,40 +495,101 @@ struct gemm_wgmma {
         return j * 8 + threadIdx.x % 4 * 2;
     }
 
+    // The warp's 16 rows of results in shared memory.
+    static __device__ __forceinline__ uint32_t out_rows(shared &smem, uint32_t stage)
+    {
+        uint32_t warp = threadIdx.x / 32;
+        if constexpr (kOutInRing)
+            return shared_address(smem.token[stage]) + warp * (16 * kTileK * 2);
+        else
+            return shared_address(smem.out) + warp * (16 * kOutPitch);
+    }
+
+    // 16 bytes of them.
+    static __device__ __forceinline__ uint32_t out_chunk(uint32_t out, int32_t row, int32_t chunk)
+    {
+        if constexpr (kOutInRing)
+            return out + row * (kTileK * 2) + ((chunk ^ (row & 7)) << 4);
+        else
+            return out + row * kOutPitch + chunk * 16;
+    }
+
+    static __device__ __forceinline__ uint4 load_kept(const shared &smem)
+    {
+        return load_shared_16(shared_address(&smem.kept[threadIdx.x / 32]));
+    }
+
+    // A warp's results: of which tile, and where they are put before they leave.
+    struct results {
+        shared &smem;
+        uint32_t tile, stage;
+
+        __device__ __forceinline__ struct work work() const
+        {
+            return get_work(smem, kFewRegisters ? load_kept(smem).w : tile);
+        }
+        __device__ __forceinline__ uint32_t out() const
+        {
+            uint32_t rows = out_rows(smem, kFewRegisters ? load_kept(smem).z : stage);
+            forget(rows);
+            return rows;
+        }
+    };
+
     // Blocks j and j + 1 of the warp's 16 rows, of the kOutCols / 8 that shared memory holds:
     // pairs[2 (j' - j) + half] is two rounded neighbours.
-    static __device__ __forceinline__ void out_put(shared &smem, int32_t j,
+    static __device__ __forceinline__ void out_put(uint32_t out, int32_t j,
                                                    const uint32_t (&pairs)[4])
     {
-        int32_t lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane % 16;
-        stmatrix_x4(shared_address(smem.out[row]) + (j + lane / 16) * 16, pairs);
+        int32_t lane = threadIdx.x % 32;
+        stmatrix_x4(out_chunk(out, lane % 16, j + lane / 16), pairs);
     }
 
     // The warp's rows go to base + (row_begin + row) * stride + col, those columns below num_cols: rows in one piece,
     // 16 bytes a lane.
-    static __device__ __forceinline__ void out_copy(shared &smem, const work &work, void *base,
+    static __device__ __forceinline__ void out_copy(uint32_t out, const work &work, void *base,
                                                     int64_t stride, int32_t col, int32_t num_cols)
     {
         constexpr int kLanes = kOutCols / 8, kAtOnce = 32 / kLanes; // lanes for a row; rows at once
         int32_t lane = threadIdx.x % 32, chunk = lane % kLanes * 8;
-        int32_t begin = threadIdx.x / 32 * 16, row = begin + lane / kLanes;
-        int32_t end = min(work.num_rows, begin + 16);
+        int32_t begin = threadIdx.x / 32 * 16, row = lane / kLanes;
+        int32_t end = min(work.num_rows - begin, 16);
         if (lane >= kLanes * kAtOnce || chunk >= num_cols - col) end = 0;
-        element *to =
-            static_cast<element *>(base) + (int64_t{work.row_begin} + row) * stride + col + chunk;
+        element *to = static_cast<element *>(base) +
+                      (int64_t{work.row_begin} + begin + row) * stride + col + chunk;
         __syncwarp();
 #pragma unroll
         for (int r = 0; r < 16; r += kAtOnce) {
             if (row + r < end) {
-                uint4 held = *reinterpret_cast<const uint4 *>(&smem.out[row + r][chunk * 2]);
+                uint4 held = load_shared_16(out_chunk(out, row + r, chunk / 8));
                 if constexpr (kGather)
-                    *reinterpret_cast<uint4 *>(to) = held; // down reads it soon
+                    __stwb(reinterpret_cast<uint4 *>(to), held); // down reads it soon
                 else
                     __stcs(reinterpret_cast<uint4 *>(to), held); // more than L2 holds
             }
             to += kAtOnce * stride;
         }
         __syncwarp(); // before the next put
+    }
+
+    // With few registers: where the warp is lies in shared memory while its results leave.
+    static __device__ __forceinline__ void keep(shared &smem, const position &at, uint32_t last,
+                                                uint32_t tile)
+    {
+        if constexpr (kFewRegisters) {
+            if (threadIdx.x % 32 == 0)
+                smem.kept[threadIdx.x / 32] = make_uint4(at.stage, at.parity, last, tile);
+            __syncwarp();
+        }
+    }
+
+    static __device__ __forceinline__ void take_back(const shared &smem, position &at,
+                                                     uint32_t &last, uint32_t &tile)
+    {
+        if constexpr (kFewRegisters) {
+            uint4 kept = load_kept(smem);
+            at.stage = kept.x, at.parity = kept.y, last = kept.z, tile = kept.w;
+        }
     }
 
     // Router weights where they are rare (gate_up): a thread has those of its two rows.
@@ -398,6 +635,37 @@ struct gemm_wgmma {
         }
     };
 
+    // The same where the sums leave no registers: loaded behind the math, one after the other.
+    struct late_weights : own_weights {
+        using own_weights::weight;
+
+        template <class Args>
+        __device__ __forceinline__ void after_first(const shared &, uint32_t, const Args &)
+        {
+        }
+
+        template <class Args>
+        __device__ __forceinline__ void after_last(shared &, const Args &)
+        {
+        }
+
+        template <class Args>
+        __device__ __forceinline__ void get(shared &smem, const Args &args)
+        {
+            weight[0] = weight[1] = 1.0f;
+            if (!args.topk_weights) return;
+            const auto work = get_work(smem, load_kept(smem).w);
+            int32_t row = own_weights::row();
+#pragma unroll
+            for (int half = 0; half < 2; ++half, row += 8) {
+                forget(row);
+                int32_t slot =
+                    row < work.num_rows ? args.sorted_token_ids[work.row_begin + row] : -1;
+                weight[half] = weight_of(slot, args);
+            }
+        }
+    };
+
     // Where they are the rule (down): a load that waits for another at the end of a tile is time in which nothing
     // multiplies, so lane l asks for the slot of the warp's row l a tile ahead and has the weight copied during the first
     // step, to behind the row's results in shared memory.
@@ -412,7 +680,10 @@ struct gemm_wgmma {
 
         static __device__ __forceinline__ float *at(shared &smem, int32_t row)
         {
-            return reinterpret_cast<float *>(&smem.out[row][kOutCols * 2]);
+            if constexpr (kOutInRing)
+                return reinterpret_cast<float *>(smem.row_token) + row; // no tokens here
+            else
+                return reinterpret_cast<float *>(&smem.out[row][kOutCols * 2]);
         }
 
         // Outside of multiply: a warpgroup of padding alone has no first step.
@@ -459,7 +730,9 @@ struct gemm_wgmma {
 
     static __device__ __forceinline__ auto router_weights()
     {
-        if constexpr (kGather)
+        if constexpr (kGather && kFewRegisters)
+            return late_weights{};
+        else if constexpr (kGather)
             return own_weights{};
         else
             return copied_weights{};
@@ -485,7 +758,7 @@ struct gemm_wgmma {
 
     // All tiles of this block. Problem: weights, tokens: the maps; box(col, part, rows) -> coordinates of half the
     // weights of a tile; tokens(), token_stride(): of gathered rows;
-    // write(smem, work, sums, weight of this thread's two rows); args, num_cols, k_size; band_tiles: of the
+    // write(results, sums, weight of this thread's two rows); args, num_cols, k_size; band_tiles: of the
     // list; kTaken: which number behind num_tiles counts the items taken.
     template <class Problem>
     static __device__ __forceinline__ void run(shared &smem, const Problem &problem)
@@ -502,6 +775,10 @@ struct gemm_wgmma {
 
         if (threadIdx.x >= kMathThreads) {
             set_registers_fewer<kCopyRegisters>();
+            if constexpr (kFewRegisters) {
+                produce(smem, at, list, work, problem);
+                return;
+            }
             const bool first = threadIdx.x == kMathThreads;
             auto next = list.find(blockIdx.x + gridDim.x);
             uint32_t item = blockIdx.x + 2 * gridDim.x;
@@ -535,10 +812,17 @@ struct gemm_wgmma {
                     [&] { rows.after_first(smem, tile, args); },
                     [&] { rows.after_last(smem, args); });
                 rows.next(get_work(smem, tile + 1), args);
-                if (static_cast<int32_t>(threadIdx.x / 128 * 64) < num_rows) {
+                if (static_cast<int32_t>(threadIdx.x / 128 * 64) < get_work(smem, tile).num_rows) {
+                    uint32_t last = (at.stage + kStages - 1) % kStages;
+                    keep(smem, at, last, tile);
                     rows.get(smem, args);
-                    problem.template write<gemm_wgmma>(smem, get_work(smem, tile), sums,
+                    problem.template write<gemm_wgmma>(results{smem, tile, last}, sums,
                                                        rows.weight);
+                    take_back(smem, at, last, tile);
+                    if constexpr (kOutInRing) {
+                        if constexpr (!kGather) fence_proxy_async(); // the copy engine writes next
+                        release_stage(smem.read[last]);
+                    }
                 }
                 num_rows = get_work(smem, tile + 1).num_rows;
             }

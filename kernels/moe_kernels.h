@@ -390,16 +390,22 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_PRODUCERS_sm90a_swap   4 /* one feeds the copy engine, two gather */
 #define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)                                                 \
     ((stages) * ((rows) + (cols)) * (k) * 2 + (rows) * 8)
-/* The ring, half the tile's columns of rounded results (a quarter where no more fits), barriers and items. */
+/* The ring, half the tile's columns of rounded results (a quarter where no more fits, none of their own where not even
+ * that does), barriers and items. */
 #define MOE_GEMM_RING_sm90a(rows, cols, k, stages) ((stages) * ((rows) + (cols)) * (k) * 2)
+#define MOE_GEMM_FITS_sm90a(rows, cols, k, stages, out)                                            \
+    (MOE_GEMM_RING_sm90a(rows, cols, k, stages) + (rows) * (2 * (out) + 16) <= 226 * 1024)
 #define MOE_GEMM_OUT_COLS_sm90a(rows, cols, k, stages)                                             \
-    (MOE_GEMM_RING_sm90a(rows, cols, k, stages) + (rows) * ((cols) + 16) <= 226 * 1024             \
-         ? (cols) / 2                                                                              \
-         : (cols) / 4)
+    (MOE_GEMM_FITS_sm90a(rows, cols, k, stages, (cols) / 2)   ? (cols) / 2                         \
+     : MOE_GEMM_FITS_sm90a(rows, cols, k, stages, (cols) / 4) ? (cols) / 4                         \
+                                                              : 0)
+#define MOE_GEMM_OUT_sm90a(rows, cols, k, stages)                                                  \
+    (MOE_GEMM_OUT_COLS_sm90a(rows, cols, k, stages) == 0                                           \
+         ? 2048 /* tokens of two tiles' rows */                                                    \
+         : (rows) * (2 * MOE_GEMM_OUT_COLS_sm90a(rows, cols, k, stages) + 16))
 #define MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)                                           \
-    ((MOE_GEMM_RING_sm90a(rows, cols, k, stages) +                                                 \
-      (rows) * (2 * MOE_GEMM_OUT_COLS_sm90a(rows, cols, k, stages) + 16) + 16 * (stages) + 320 +   \
-      1023) /                                                                                      \
+    ((MOE_GEMM_RING_sm90a(rows, cols, k, stages) + MOE_GEMM_OUT_sm90a(rows, cols, k, stages) +     \
+      16 * (stages) + 320 + 1023) /                                                                \
      1024 * 1024)
 #define MOE_GEMM_SMEM_sm80(rows, cols, k, stages)  MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)
 #define MOE_GEMM_SMEM_sm90a(rows, cols, k, stages) MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)
