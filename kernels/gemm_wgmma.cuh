@@ -210,6 +210,16 @@ struct gemm_wgmma {
         }
     }
 
+    // 16 bytes of a token row, or zeros. The length a constant: in a register it costs each copy two instructions and three
+    // empty ones, and a step of the gather takes as long as a step of the math.
+    static __device__ __forceinline__ void copy_piece(uint32_t to, const void *from, bool there)
+    {
+        if (there)
+            cp_async_16_wide(to, from, 16);
+        else
+            cp_async_16_wide(to, from, 0);
+    }
+
     template <class Problem>
     static __device__ __forceinline__ void
     copy_tile(shared &smem, position &at, const work &work, int32_t (&slot)[kHeld],
@@ -242,14 +252,14 @@ struct gemm_wgmma {
                 mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
                 if (thread == 0) copy_boxes(smem, at.stage, work, k, problem);
                 uint32_t to = shared_address(smem.token[at.stage]) + offset;
-                uint32_t valid = k + chunk < problem.k_size ? token_valid : 0;
+                const bool inside = k + chunk < problem.k_size;
 #pragma unroll
                 for (int group = 0; group < kGroups; ++group) {
                     if (work.num_rows <= group * 64) break;
 #pragma unroll
                     for (int pass = group * 4; pass < group * 4 + 4; ++pass) {
-                        cp_async_16_wide(to + pass * (kPassRows * kTileK * 2), token[pass],
-                                         (valid >> pass & 1) << 4);
+                        copy_piece(to + pass * (kPassRows * kTileK * 2), token[pass],
+                                   inside && (token_valid >> pass & 1));
                         token[pass] += kTileK * 2;
                     }
                 }
@@ -298,9 +308,9 @@ struct gemm_wgmma {
                                 static_cast<int32_t>(four.z), static_cast<int32_t>(four.w)};
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                cp_async_16_wide(to + (group * 4 + i) * (kPassRows * kTileK * 2),
-                                 from + max(token[i], 0) * problem.token_stride(),
-                                 token[i] >= 0 && k < problem.k_size ? 16 : 0);
+                copy_piece(to + (group * 4 + i) * (kPassRows * kTileK * 2),
+                           from + max(token[i], 0) * problem.token_stride(),
+                           token[i] >= 0 && k < problem.k_size);
         }
     }
 
