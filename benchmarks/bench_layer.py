@@ -5,6 +5,8 @@
                                                         -> results/<gpu>_portable.json
     python benchmarks/bench_layer.py --case skew        Zipf-1.0 routing, and all tokens to the same
                                                         experts -> results/<gpu>_skew.json
+    python benchmarks/bench_layer.py --case fast        deterministic=False, from 1024 tokens
+                                                        -> results/<gpu>_fast.json
     python benchmarks/bench_layer.py --quick            one model, four batch sizes
 
 Protocol and records: fusedmoe/bench.py. `--chip-stream-us` puts into the file what this very chip
@@ -27,6 +29,7 @@ CASES = {
     "uniform": ("layer", ("uniform",)),
     "portable": ("portable", ("portable",)),
     "skew": ("skew", bench.SKEWED),
+    "fast": ("fast", (bench.FAST,)),
 }
 
 
@@ -44,6 +47,8 @@ def main():
 
     gpu = backend("cuda", args.device)
     models, tokens = chosen_points(args)
+    if args.case == bench.FAST:  # below, it changes nothing
+        tokens = [n for n in tokens if n >= 1024]
     head = bench.header(gpu, HERE.parent, args.commit, args.chip_stream_us)
     name, cases = CASES[args.case]
     path = args.json or HERE / "results" / f"{slug(head['gpu'])}_{name}.json"

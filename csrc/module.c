@@ -419,7 +419,8 @@ static int parse_problem(module_state *state, PyObject *const *v, moe_problem *p
         parse_bool("routed", v[10], 0, &p->routed, err) ||
         parse_int32("router_experts", v[11], 0, &p->router_experts, err) ||
         parse_int32("vector_bytes", v[12], 16, &p->vector_bytes, err) ||
-        parse_int("workspace_limit", v[13], 0, &p->workspace_limit, err))
+        parse_int("workspace_limit", v[13], 0, &p->workspace_limit, err) ||
+        parse_bool("deterministic", v[14], 1, &p->deterministic, err))
         return err->status;
     if (p->dtype == MOE_DTYPE_NONE) p->dtype = MOE_BF16;
     if (p->dtype == MOE_F32 && *backend == MOE_CUDA)
@@ -442,18 +443,18 @@ static int parse_problem(module_state *state, PyObject *const *v, moe_problem *p
         p->vector_bytes = (int32_t)bytes;
     p->out_vector_bytes = p->hidden_size * bytes % 16 ? (int32_t)bytes : 16;
     p->ids_dtype = MOE_I32;
-    p->deterministic = 1;
     p->operation = p->routed ? MOE_OP_FUSED_MOE : MOE_OP_FUSED_EXPERTS;
     return MOE_OK;
 }
 
 static PyObject *gemm_dict(const moe_gemm_plan *g)
 {
-    return Py_BuildValue(
-        "{ss si si si si si si si si sd sd sd}", "name", moe_variant_name(g->variant), "variant",
-        g->variant, "tile_rows", g->tile_rows, "tile_cols", g->tile_cols, "tile_k", g->tile_k,
-        "grid_cols", g->grid_cols, "threads", g->threads, "smem_bytes", g->smem_bytes,
-        "ring_stages", g->ring_stages, "bytes", g->bytes, "flops", g->flops, "us", g->us);
+    return Py_BuildValue("{ss si si si si si si si si si sd sd sd}", "name",
+                         moe_variant_name(g->variant), "variant", g->variant, "tile_rows",
+                         g->tile_rows, "tile_cols", g->tile_cols, "tile_k", g->tile_k, "grid_cols",
+                         g->grid_cols, "threads", g->threads, "smem_bytes", g->smem_bytes,
+                         "ring_stages", g->ring_stages, "band_tiles", g->band_tiles, "bytes",
+                         g->bytes, "flops", g->flops, "us", g->us);
 }
 
 static PyObject *workspace_dict(const moe_workspace *w)

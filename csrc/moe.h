@@ -223,6 +223,7 @@ typedef struct moe_gemm_plan {
     int32_t ring_stages, box_chunks,
         copies;              /* decode: of the ring; pieces of K in a copy, copies in a stage */
     int32_t stages_left;     /* decode, gate_up: still to be asked for when down may start */
+    int32_t band_tiles;      /* down that adds: column tiles before the next ones; 0: all */
     double bytes, flops, us; /* expected */
 } moe_gemm_plan;
 
@@ -247,6 +248,7 @@ typedef struct moe_plan {
     int64_t num_chunks;
     int32_t decode;     /* 1: no align and no combine; gate_up and down read topk_ids themselves */
     int32_t one_launch; /* 1: gate_up and down, by the variant of both */
+    int32_t adds;       /* 1: out is filled, then down adds its rows: not deterministic */
     moe_align_plan align;
     int32_t route_threads; /* of a block; a warp for each token */
     int32_t tile_rows;

@@ -21,7 +21,8 @@
 
 #define PLAN_KW                                                                                    \
     "num_tokens", "hidden_size", "intermediate_size", "num_experts", "topk", "dtype", "device",    \
-    "num_sms", "gated", "no_combine", "routed", "router_experts", "vector_bytes", "workspace_limit"
+    "num_sms", "gated", "no_combine", "routed", "router_experts", "vector_bytes",                  \
+    "workspace_limit", "deterministic"
 
 const signature moe_signatures[NUM_SIGNATURES] = {
     [SIG_FUSED_EXPERTS] = {"fused_experts", 5 + NUM_LAYER_KW, 5,
@@ -66,8 +67,8 @@ const signature moe_signatures[NUM_SIGNATURES] = {
         {"hidden_states", "topk_weights", "topk_ids", "out", "workspace", "shared_output",
          "stream"}},
     [SIG_EXPERTS_REBIND] = {"Experts.rebind", 4, 2, {"w13", "w2", "w13_bias", "w2_bias"}},
-    [SIG_PLAN] = {"plan", 14, 5, {PLAN_KW}},
-    [SIG_WORKSPACE_SIZE] = {"workspace_size", 14, 5, {PLAN_KW}},
+    [SIG_PLAN] = {"plan", 15, 5, {PLAN_KW}},
+    [SIG_WORKSPACE_SIZE] = {"workspace_size", 15, 5, {PLAN_KW}},
     [SIG_DEVICE] = {"_device", 1, 0, {"device"}},
     [SIG_DEVICE_ALLOC] = {"_device_alloc", 2, 1, {"nbytes", "device"}},
     [SIG_DEVICE_STREAM] = {"_device_graph", 2, 1, {"stream", "device"}},

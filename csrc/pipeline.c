@@ -90,6 +90,28 @@ static int run_combine(const run *r, const moe_combine_args *a)
                      : moe_cpu_combine(a, r->err);
 }
 
+/* What any order of sums allows, on a GPU: out is filled, then down adds its rows. Behind gate_up: out may be
+ * hidden_states; where it is not, it is filled while gate_up runs. */
+static int run_adding(const run *r, const moe_gate_up_args *gate_up, const moe_down_args *down,
+                      const moe_combine_args *combine)
+{
+    const moe_fill_args fill = {
+        .shared_output = combine->shared_output,
+        .out = combine->out,
+        .shared_stride = combine->shared_stride,
+        .out_stride = combine->out_stride,
+        .num_tokens = combine->num_tokens,
+        .hidden_size = combine->hidden_size,
+        .wait = r->call->out.data == r->call->hidden_states.data,
+    };
+    moe_down_add_args add = {*down, combine->scale, (uint32_t)r->plan->down.band_tiles};
+    add.stage.rows = combine->out;
+    add.stage.rows_stride = combine->out_stride;
+    if (run_gate_up(r, gate_up) || moe_cuda_fill(r->plan, &fill, r->device, r->stream, r->err))
+        return r->err->status;
+    return moe_cuda_down_add(r->plan, &add, r->device, r->stream, r->err);
+}
+
 static moe_route_args route_args(const run *r, int64_t first_token, int64_t num_tokens)
 {
     const moe_tensor *logits = &r->call->router_logits;
@@ -386,8 +408,9 @@ static int run_chunk(const run *r, int64_t first_token, int64_t num_tokens)
     if (r->plan->decode) return run_decode(r, first_token, num_tokens);
     const moe_gate_up_args gate_up = gate_up_args(r, first_token, num_tokens);
     const moe_down_args down = down_args(r, first_token, num_tokens);
+    const moe_combine_args combine = combine_args(r, first_token, num_tokens);
+    if (r->plan->adds) return run_adding(r, &gate_up, &down, &combine);
     if (run_experts(r, &gate_up, &down)) return r->err->status;
-    moe_combine_args combine = combine_args(r, first_token, num_tokens);
     return run_combine(r, &combine);
 }
 

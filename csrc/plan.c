@@ -19,7 +19,12 @@ typedef struct variant {
 } variant;
 
 enum { ARCH_sm80 = 80, ARCH_sm90a = 90, ARCH_sm90a_decode = 91, ARCH_sm90a_swap = 92 };
-enum { STAGE_gate_up = MOE_OP_GATE_UP, STAGE_down = MOE_OP_DOWN, STAGE_experts = -1 /* both */ };
+enum {
+    STAGE_gate_up = MOE_OP_GATE_UP,
+    STAGE_down = MOE_OP_DOWN,
+    STAGE_experts = -1, /* both */
+    STAGE_down_add = -2
+};
 #define DTYPE_bf16 MOE_BF16
 #define DTYPE_f16  MOE_F16
 
@@ -574,6 +579,35 @@ static bool join_gemms(moe_plan *plan, const moe_device_info *d, const gemm_shap
     return false;
 }
 
+/* Where sums may be in any order: down adds its rows into out, if the table has its tile for that. Measured on an H200
+ * (docs/notes/combine.md): faster wherever down is of sm90a, fewer than 16 MB of rows not looked at. An out that L2 does
+ * not hold is done in bands of columns, unless the intermediate, which every band reads anew, has long rows. */
+static void choose_adds(moe_plan *plan, const moe_device_info *d, const gemm_shape *down)
+{
+    const moe_problem *p = &plan->problem;
+    const variant *chosen = &VARIANTS[plan->down.variant];
+    const int64_t row_bytes = (int64_t)p->hidden_size * moe_dtype_bytes(p->dtype),
+                  out_bytes = plan->chunk_tokens * row_bytes,
+                  fewest_bytes = d->tile_rows || d->down_row > 0 ? 0 : 16000000;
+    if (p->deterministic || !is_layer(p) || p->combine != MOE_COMBINE_SUM ||
+        plan->combine_vector_bytes < 16 || plan->decode || plan->one_launch ||
+        chosen->arch != ARCH_sm90a || out_bytes * p->topk < fewest_bytes)
+        return;
+    for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
+        const variant *v = &VARIANTS[i];
+        if (v->rows != chosen->rows || v->cols != chosen->cols || !usable(v, STAGE_down_add, p, d))
+            continue;
+        fill_gemm(&plan->down, i, down, d, plan->down.us);
+        plan->adds = 1;
+        plan->deterministic = 0;
+        if (p->intermediate_size <= 256 && out_bytes > d->l2_bytes / 5 * 3) {
+            const int64_t tiles = d->l2_bytes / 3 / (plan->chunk_tokens * v->cols * 2);
+            plan->down.band_tiles = (int32_t)(tiles > 1 ? tiles : 1);
+        }
+        return;
+    }
+}
+
 /* ------------------------------------------------------------------------------------------------
  * Decode: gate_up and down that need no align and no combine */
 
@@ -723,7 +757,7 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
     plan->backend = device->backend;
     plan->num_sms = device->num_sms;
     plan->smem_per_block = device->smem_per_block;
-    plan->deterministic = 1; /* every kernel there is */
+    plan->deterministic = 1; /* every kernel there is but those of choose_adds */
     const int64_t bytes = moe_dtype_bytes(p->dtype);
     plan->intermediate_stride = round_up(p->intermediate_size, 16 / bytes);
     plan->rows_stride = round_up(p->hidden_size, 16 / bytes);
@@ -751,12 +785,14 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
         const bool joined = tokens >= 16 && join_gemms(plan, device, &gate_up, &down);
         if (!joined && !choose_decode(plan, device, &gate_up, &down))
             join_gemms(plan, device, &gate_up, &down);
+        choose_adds(plan, device, &down);
     }
     plan->max_tiles = (int32_t)most_tiles(p, slots, plan->tile_rows);
 
     expected_work(&plan->gate_up, &gate_up);
     expected_work(&plan->down, &down);
-    const double combine_bytes = (double)(slots + tokens) * p->hidden_size * (double)bytes;
+    const double combine_bytes =
+        (double)(plan->adds ? tokens : slots + tokens) * p->hidden_size * (double)bytes;
     const double chunks = (double)plan->num_chunks;
     plan->bytes = chunks * (plan->gate_up.bytes + plan->down.bytes + combine_bytes);
     plan->flops = chunks * (plan->gate_up.flops + plan->down.flops);

@@ -77,6 +77,7 @@ static __device__ __forceinline__ void down(const moe_down_args &args)
         down<gemm_mma<type, rows, cols, k, stages, wm, wn, wk, align == 16>>(args);                \
     }
 #define MOE_KERNEL_sm80_gate_up(...)
+#define MOE_KERNEL_sm90a_down_add(...)
 #define MOE_KERNEL_sm90a_gate_up(...)
 #define MOE_KERNEL_sm90a_down(...)
 #define MOE_KERNEL_sm90a_decode_gate_up(...)

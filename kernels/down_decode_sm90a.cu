@@ -541,6 +541,7 @@ struct down_decode {
         fetch_parameters(args);                                                                    \
         down_decode<type, rows / 8, cols>(args, body, rest, dynamic_shared).run();                 \
     }
+#define MOE_KERNEL_sm90a_down_add(...)
 #define MOE_KERNEL_sm90a_decode_gate_up(...)
 #define MOE_KERNEL_sm90a_gate_up(...)
 #define MOE_KERNEL_sm90a_down(...)

@@ -5,62 +5,7 @@
  * Grid   min(MOE_GEMM_GRID(max_tiles, hidden_size, cols), SMs) blocks that walk over the tiles
  * Needs  align == 16, as there; compute capability 9.0
  * Cost   as gate_up_sm90a.cu, and num_rows * hidden_size * 2 bytes written */
-#include "down.cuh"
-#include "gemm_wgmma.cuh"
-
-template <class T>
-struct down_problem {
-    const moe_down_args &args;
-    const tensor_map *weights, *tokens;
-    int32_t num_cols, k_size;
-    static constexpr int kTaken = 2;
-
-    __device__ __forceinline__ int2 box(int32_t col, int32_t part, int32_t rows) const
-    {
-        return make_int2(col + part * rows, 0);
-    }
-
-    template <class Gemm>
-    __device__ __forceinline__ void
-    write(typename Gemm::shared &smem, const typename Gemm::work &work,
-          const float (&sums)[Gemm::kSums], const float (&weight)[2]) const
-    {
-        if (args.w2_bias)
-            write<Gemm, true>(smem, work, sums, weight);
-        else
-            write<Gemm, false>(smem, work, sums, weight);
-    }
-
-    template <class Gemm, bool kBias>
-    __device__ __forceinline__ void
-    write(typename Gemm::shared &smem, const typename Gemm::work &work,
-          const float (&sums)[Gemm::kSums], const float (&weight)[2]) const
-    {
-        constexpr int kBlocks = Gemm::kOutCols / 8;
-#pragma unroll
-        for (int j = 0; j < Gemm::kCols / 8; j += 2) {
-            float bias[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll
-            for (int i = 0; i < 4 * kBias; ++i) {
-                int32_t col = work.col_begin + Gemm::lane_col(j + i / 2) + i % 2;
-                if (col < num_cols)
-                    bias[i] = load_f32(args.w2_bias, work.expert * args.w2_bias_stride + col,
-                                       args.w2_bias_dtype);
-            }
-            uint32_t pairs[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float z[2] = {sums[j * 4 + i * 2], sums[j * 4 + i * 2 + 1]};
-                if constexpr (kBias) z[0] += bias[i / 2 * 2], z[1] += bias[i / 2 * 2 + 1];
-                pairs[i] = T::round2(z[0] * weight[i % 2], z[1] * weight[i % 2]);
-            }
-            Gemm::out_put(smem, j % kBlocks, pairs);
-            if ((j + 2) % kBlocks == 0)
-                Gemm::out_copy(smem, work, args.rows, args.rows_stride,
-                               work.col_begin + (j + 2 - kBlocks) * 8, num_cols);
-        }
-    }
-};
+#include "down_wgmma.cuh"
 
 #define MOE_KERNEL_sm90a_down(name, type, rows, cols, k, stages, wm, wn, wk)                       \
     extern "C" __global__ void __launch_bounds__(                                                  \
@@ -70,10 +15,12 @@ struct down_problem {
              const __grid_constant__ tensor_map tokens)                                            \
     {                                                                                              \
         prefetch_maps(weights, tokens);                                                            \
-        run_gemm<gemm_wgmma<type, false, rows, cols, k, stages>>(down_problem<type>{               \
-            args, &weights, &tokens, args.hidden_size, args.intermediate_size});                   \
+        run_gemm<gemm_wgmma<type, false, rows, cols, k, stages>>(                                  \
+            down_problem<type, moe_down_args>{args, &weights, &tokens, args.hidden_size,           \
+                                              args.intermediate_size, 0, 1.0f});                   \
     }
 #define MOE_KERNEL_sm90a_gate_up(...)
+#define MOE_KERNEL_sm90a_down_add(...)
 #define MOE_KERNEL_sm80_gate_up(...)
 #define MOE_KERNEL_sm80_down(...)
 #define MOE_KERNEL_sm90a_decode_gate_up(...)

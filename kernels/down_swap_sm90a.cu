@@ -16,6 +16,7 @@
         run_gemm<gemm_swap<type, rows, cols, k, stages>>(                                          \
             down_problem<type>{args, &weights, args.hidden_size, args.intermediate_size});         \
     }
+#define MOE_KERNEL_sm90a_down_add(...)
 #define MOE_KERNEL_sm90a_swap_gate_up(...)
 #define MOE_KERNEL_sm90a_gate_up(...)
 #define MOE_KERNEL_sm90a_down(...)

@@ -22,6 +22,7 @@
             down_problem<type>{args.down, &w2, args.down.hidden_size,                              \
                                args.down.intermediate_size});                                      \
     }
+#define MOE_KERNEL_sm90a_down_add(...)
 #define MOE_KERNEL_sm90a_swap_gate_up(...)
 #define MOE_KERNEL_sm90a_swap_down(...)
 #define MOE_KERNEL_sm90a_gate_up(...)

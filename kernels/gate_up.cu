@@ -85,6 +85,7 @@ static __device__ __forceinline__ void gate_up(const moe_gate_up_args &args)
         gate_up<gemm_mma<type, rows, cols, k, stages, wm, wn, wk, align == 16>>(args);             \
     }
 #define MOE_KERNEL_sm80_down(...)
+#define MOE_KERNEL_sm90a_down_add(...)
 #define MOE_KERNEL_sm90a_gate_up(...)
 #define MOE_KERNEL_sm90a_down(...)
 #define MOE_KERNEL_sm90a_decode_gate_up(...)

@@ -346,6 +346,7 @@ struct gate_up_decode {
         fetch_parameters(args);                                                                    \
         gate_up_decode<type, rows / 8>(args, body, rest, dynamic_shared).run();                    \
     }
+#define MOE_KERNEL_sm90a_down_add(...)
 #define MOE_KERNEL_sm90a_decode_down(...)
 #define MOE_KERNEL_sm90a_gate_up(...)
 #define MOE_KERNEL_sm90a_down(...)

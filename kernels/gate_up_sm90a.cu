@@ -14,6 +14,7 @@ struct gate_up_problem {
     const tensor_map *weights;
     int32_t num_cols, k_size;
     static constexpr int kTaken = 1;
+    static constexpr uint32_t band_tiles = 0;
 
     __device__ __forceinline__ int2 box(int32_t col, int32_t part, int32_t rows) const
     {
@@ -119,6 +120,7 @@ struct gate_up_problem {
         run_gemm<gemm_wgmma<type, true, rows, cols, k, stages>>(                                   \
             gate_up_problem<type>{args, &weights, gate_up_cols(args), args.hidden_size});          \
     }
+#define MOE_KERNEL_sm90a_down_add(...)
 #define MOE_KERNEL_sm90a_down(...)
 #define MOE_KERNEL_sm80_gate_up(...)
 #define MOE_KERNEL_sm80_down(...)

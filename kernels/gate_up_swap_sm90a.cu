@@ -17,6 +17,7 @@
         run_gemm<gemm_swap<type, rows, cols, k, stages>>(                                          \
             gate_up_problem<type>{args, &weights, gate_up_cols(args), args.hidden_size});          \
     }
+#define MOE_KERNEL_sm90a_down_add(...)
 #define MOE_KERNEL_sm90a_swap_down(...)
 #define MOE_KERNEL_sm90a_gate_up(...)
 #define MOE_KERNEL_sm90a_down(...)

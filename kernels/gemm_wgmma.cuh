@@ -35,7 +35,8 @@ struct gemm_wgmma {
     static constexpr int kWeightBytes = kCols * kTileK * 2;
     static constexpr int kBoxRows = MOE_GEMM_WEIGHT_BOX_sm90a(kCols); // two boxes a stage
     static constexpr int kSums = kCols / 2;                           // of a thread
-    static constexpr int kOutPitch = kOutCols * 2 + 16; // bytes; eight rows lie in different banks
+    // bytes; eight rows lie in different banks, and behind each there is room for its router weight
+    static constexpr int kOutPitch = kOutCols * 2 + 16;
     // What the launch gives (65536, or what it rounds that to) goes to whoever needs it.
     static constexpr int kMathRegisters = kGroups == 2 ? 216 : 152;
     static constexpr int kCopyRegisters = kGroups == 2 ? 72 : 56;
@@ -92,29 +93,40 @@ struct gemm_wgmma {
         return {held.x, held.y, held.z, held.w, false};
     }
 
-    // The list as items: all column tiles of kRaster entries, then of the next kRaster entries.
+    // The list as items: all column tiles of kRaster entries, then of the next kRaster entries. With bands: those of the
+    // first band_tiles column tiles, then of the next.
     struct list {
         const moe_tile *tiles;
         int64_t num_slots;
-        uint32_t num_tiles, col_tiles;
+        uint32_t num_tiles, col_tiles, band_tiles; // band_tiles 0: all of them are one band
 
         template <class Args>
-        __device__ __forceinline__ list(const Args &args, int32_t num_cols)
+        __device__ __forceinline__ list(const Args &args, int32_t num_cols, uint32_t band_tiles)
             : tiles(args.tiles), num_slots(args.num_slots),
               num_tiles(min(__ldcg(args.num_tiles), args.max_tiles)),
-              col_tiles((static_cast<uint32_t>(num_cols) + kCols - 1) / kCols)
+              col_tiles((static_cast<uint32_t>(num_cols) + kCols - 1) / kCols),
+              band_tiles(band_tiles)
         {
         }
 
         __device__ __forceinline__ work find(uint32_t item) const
         {
-            uint32_t group = item / (kRaster * col_tiles);
+            uint32_t first = 0, cols = col_tiles; // of the band
+            if (band_tiles) {
+                uint32_t band = item / max(band_tiles * num_tiles, 1u);
+                item -= band * (band_tiles * num_tiles);
+                first = band * band_tiles;
+                if (first >= col_tiles) return {0, 0, -1, 0, false};
+                cols = min(band_tiles, col_tiles - first);
+            }
+            uint32_t group = item / (kRaster * cols);
             if (group * kRaster >= num_tiles) return {0, 0, -1, 0, false};
-            uint32_t in_group = item - group * (kRaster * col_tiles);
+            uint32_t in_group = item - group * (kRaster * cols);
             uint32_t group_tiles = min(kRaster, num_tiles - group * kRaster);
             uint32_t col = in_group / group_tiles;
-            if (col >= col_tiles) return {0, 0, -1, 0, false}; // the last group is smaller
+            if (col >= cols) return {0, 0, -1, 0, false}; // the last group is smaller
             uint32_t tile = group * kRaster + in_group - col * group_tiles;
+            col += first;
             int4 found = __ldcg(reinterpret_cast<const int4 *>(tiles + tile));
             int32_t before = tile > 0 ? __ldcg(&tiles[tile - 1].expert) : -1;
             int32_t rows =
@@ -343,6 +355,116 @@ struct gemm_wgmma {
         __syncwarp(); // before the next put
     }
 
+    // Router weights where they are rare (gate_up): a thread has those of its two rows.
+    struct own_weights {
+        int32_t slot[2];
+        float weight[2] = {1.0f, 1.0f};
+
+        static __device__ __forceinline__ int32_t row()
+        {
+            return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+        }
+
+        template <class Args>
+        __device__ __forceinline__ void after_first(const shared &smem, uint32_t tile,
+                                                    const Args &args)
+        {
+            if (!args.topk_weights) return;
+            const auto own = get_work(smem, tile);
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                slot[half] = row() + half * 8 < own.num_rows
+                                 ? args.sorted_token_ids[own.row_begin + row() + half * 8]
+                                 : -1;
+        }
+
+        template <class Args>
+        __device__ __forceinline__ void after_last(shared &, const Args &args)
+        {
+            if (!args.topk_weights) return;
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                weight[half] = weight_of(slot[half], args);
+        }
+
+        template <class Args>
+        __device__ __forceinline__ void next(const work &, const Args &)
+        {
+        }
+
+        template <class Args>
+        __device__ __forceinline__ void get(const shared &, const Args &)
+        {
+        }
+    };
+
+    // Where they are the rule (down): a load that waits for another at the end of a tile is time in which nothing
+    // multiplies, so lane l asks for the slot of the warp's row l a tile ahead and has the weight copied during the first
+    // step, to behind the row's results in shared memory.
+    struct copied_weights {
+        int32_t slot;
+        float weight[2];
+
+        static __device__ __forceinline__ int32_t row()
+        {
+            return threadIdx.x / 32 * 16 + threadIdx.x % 16;
+        }
+
+        static __device__ __forceinline__ float *at(shared &smem, int32_t row)
+        {
+            return reinterpret_cast<float *>(&smem.out[row][kOutCols * 2]);
+        }
+
+        // Outside of multiply: a warpgroup of padding alone has no first step.
+        template <class Args>
+        __device__ __forceinline__ void next(const work &work, const Args &args)
+        {
+            if (!args.topk_weights) return;
+            slot = row() < work.num_rows ? args.sorted_token_ids[work.row_begin + row()] : -1;
+        }
+
+        template <class Args>
+        __device__ __forceinline__ void after_first(shared &smem, uint32_t, const Args &args) const
+        {
+            if (!args.topk_weights || args.weights_dtype != MOE_F32) return;
+            int32_t token = token_of(slot, args);
+            const float *from = static_cast<const float *>(args.topk_weights);
+            if (token >= 0) from += token * args.weights_stride + (slot - token * args.topk);
+            if (threadIdx.x % 32 < 16)
+                cp_async_4(shared_address(at(smem, row())), from, token >= 0 ? 4 : 0);
+            cp_async_commit();
+        }
+
+        // No copy converts.
+        template <class Args>
+        __device__ __forceinline__ void after_last(shared &smem, const Args &args) const
+        {
+            if (!args.topk_weights || args.weights_dtype == MOE_F32) return;
+            float of_row = weight_of(slot, args);
+            if (threadIdx.x % 32 < 16) *at(smem, row()) = of_row;
+        }
+
+        template <class Args>
+        __device__ __forceinline__ void get(shared &smem, const Args &args)
+        {
+            weight[0] = weight[1] = 1.0f;
+            if (!args.topk_weights) return;
+            cp_async_wait<0>();
+            __syncwarp();
+            int32_t own = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+            weight[0] = *at(smem, own);
+            weight[1] = *at(smem, own + 8);
+        }
+    };
+
+    static __device__ __forceinline__ auto router_weights()
+    {
+        if constexpr (kGather)
+            return own_weights{};
+        else
+            return copied_weights{};
+    }
+
     static __device__ __forceinline__ void producer_sync() { named_barrier_sync(1, kCopyThreads); }
 
     static __device__ __forceinline__ void start(shared &smem)
@@ -363,8 +485,8 @@ struct gemm_wgmma {
 
     // All tiles of this block. Problem: weights, tokens: the maps; box(col, part, rows) -> coordinates of half the
     // weights of a tile; tokens(), token_stride(): of gathered rows;
-    // write(smem, work, sums, weight of this thread's two rows); args, num_cols, k_size; kTaken: which
-    // number behind num_tiles counts the items taken.
+    // write(smem, work, sums, weight of this thread's two rows); args, num_cols, k_size; band_tiles: of the
+    // list; kTaken: which number behind num_tiles counts the items taken.
     template <class Problem>
     static __device__ __forceinline__ void run(shared &smem, const Problem &problem)
     {
@@ -374,7 +496,7 @@ struct gemm_wgmma {
         grid_launch_dependents();
         int32_t num_steps = (problem.k_size + kTileK - 1) / kTileK;
         position at;
-        const list list(args, problem.num_cols);
+        const list list(args, problem.num_cols, problem.band_tiles);
         uint32_t tile = 0;
         work work = list.find(blockIdx.x);
 
@@ -403,29 +525,21 @@ struct gemm_wgmma {
         } else {
             set_registers_more<kMathRegisters>();
             uint32_t turn = 0;
+            auto rows = router_weights();
+            rows.next(work, args);
             // What a tile is stays in shared memory: the sums leave few registers.
             for (int32_t num_rows = work.num_rows; num_rows >= 0; ++tile) {
-                float sums[kSums], weight[2] = {1.0f, 1.0f}; // of this thread's two rows
-                int32_t slot[2];
-                auto load_slot = [&] {
-                    if (!args.topk_weights) return;
-                    const auto own = get_work(smem, tile);
-                    int32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-#pragma unroll
-                    for (int half = 0; half < 2; ++half)
-                        slot[half] = row + half * 8 < own.num_rows
-                                         ? args.sorted_token_ids[own.row_begin + row + half * 8]
-                                         : -1;
-                };
-                auto load_weight = [&] {
-                    if (!args.topk_weights) return;
-#pragma unroll
-                    for (int half = 0; half < 2; ++half)
-                        weight[half] = weight_of(slot[half], args);
-                };
-                multiply(sums, smem, at, num_rows, num_steps, turn, load_slot, load_weight);
-                if (static_cast<int32_t>(threadIdx.x / 128 * 64) < num_rows)
-                    problem.template write<gemm_wgmma>(smem, get_work(smem, tile), sums, weight);
+                float sums[kSums];
+                multiply(
+                    sums, smem, at, num_rows, num_steps, turn,
+                    [&] { rows.after_first(smem, tile, args); },
+                    [&] { rows.after_last(smem, args); });
+                rows.next(get_work(smem, tile + 1), args);
+                if (static_cast<int32_t>(threadIdx.x / 128 * 64) < num_rows) {
+                    rows.get(smem, args);
+                    problem.template write<gemm_wgmma>(smem, get_work(smem, tile), sums,
+                                                       rows.weight);
+                }
                 num_rows = get_work(smem, tile + 1).num_rows;
             }
         }

@@ -289,6 +289,14 @@ typedef struct moe_down_args {
     int32_t max_tiles;
 } moe_down_args;
 
+/* Stages 4 and 5 in one launch, sums in any order: out[token(r)] += round(scale * rows[r]), each sum rounded. out holds
+ * shared_output or zeros before. */
+typedef struct moe_down_add_args {
+    moe_down_args stage; /* rows: out [num_tokens, hidden_size], 16-byte aligned rows */
+    float scale;         /* routed_scaling_factor */
+    uint32_t band_tiles; /* column tiles done before the next ones begin; 0: all of them */
+} moe_down_add_args;
+
 /* Stages 3 and 4 in one launch. */
 typedef struct moe_experts_args {
     moe_gate_up_args gate_up;
@@ -359,6 +367,17 @@ typedef struct moe_combine_args {
     int32_t dtype;
     float scale; /* routed_scaling_factor */
 } moe_combine_args;
+
+/* In front of a down that adds: out[t] = shared_output[t], or zeros. */
+typedef struct moe_fill_args {
+    const void *shared_output; /* [num_tokens, hidden_size] bf16, f16; or NULL */
+    void *out; /* [num_tokens, hidden_size] the same, 16-byte aligned rows, written */
+    int64_t shared_stride;
+    int64_t out_stride;
+    int64_t num_tokens;
+    int32_t hidden_size;
+    int32_t wait; /* 1: gate_up, in front, reads from out */
+} moe_fill_args;
 
 /* Launch geometry of a row of gemm_variants.def. One dimension of thread blocks (a second one would end at 65535):
  * col_tiles = ceil(weight rows / cols) column tiles for each of max_tiles tiles; blocks past *num_tiles leave at once.
@@ -449,8 +468,10 @@ typedef struct moe_combine_args {
     ((num_experts) <= 256 ? 2048 : (num_experts) <= 512 ? 1024 : (num_experts) <= 768 ? 512 : 384)
 #define MOE_ALIGN_STATIC_BYTES 1024 /* of shared memory beside MOE_ALIGN_SMEM_BYTES, at most */
 #define MOE_COMBINE_THREADS    128  /* 8 columns of a token each */
+#define MOE_FILL_THREADS       32
+#define MOE_FILL_BLOCKS        8 /* for each SM, not at once */
 #define MOE_COMBINE_MANY                                                                           \
-    (1 << 19) /* threads: from here on each takes several tokens of up to 4 slots */
+    (1 << 18) /* threads: from here on each takes several tokens of up to 4 slots */
 /* Whether each token starts with a block of its own: where that leaves few threads idle. */
 #define MOE_COMBINE_CHUNKS(hidden_size) (((int64_t)(hidden_size) + 7) / 8)
 #define MOE_COMBINE_COL_BLOCKS(hidden_size)                                                        \
@@ -479,11 +500,13 @@ MOE_ASSERT_SIZE(moe_route_align_args, 248);
 MOE_ASSERT_SIZE(moe_pad_args, 88);
 MOE_ASSERT_SIZE(moe_gate_up_args, 192);
 MOE_ASSERT_SIZE(moe_down_args, 168);
+MOE_ASSERT_SIZE(moe_down_add_args, 176);
 MOE_ASSERT_SIZE(moe_experts_args, 360);
 MOE_ASSERT_SIZE(moe_tensor_map, 128);
 MOE_ASSERT_SIZE(moe_slot_args, 72);
 MOE_ASSERT_SIZE(moe_gate_up_decode_args, 272);
 MOE_ASSERT_SIZE(moe_down_decode_args, 296);
 MOE_ASSERT_SIZE(moe_combine_args, 88);
+MOE_ASSERT_SIZE(moe_fill_args, 48);
 
 #endif

@@ -128,6 +128,21 @@ __device__ __forceinline__ void store_16_kept(void *global, uint4 v)
                  :: "l"(global), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+// ld.global.nc.L1::no_allocate, "ld.global.nc", "cache eviction priority hints": 16 bytes that nobody writes meanwhile and
+// that leave L2 first (evict_first). They are asked for in the order of the calls, before anything is done with the first
+// of them. Each thread for itself.
+__device__ __forceinline__ uint4 load_16_once(const void *global)
+{
+    uint4 v;
+    asm volatile("{\n"
+                 ".reg .b64 once;\n"
+                 "createpolicy.fractional.L2::evict_first.b64 once, 1.0;\n"
+                 "ld.global.nc.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], once;\n"
+                 "}"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(global));
+    return v;
+}
+
 // ld.acquire.gpu, "ld": what its writer released before is visible behind it. Each thread for itself.
 __device__ __forceinline__ int32_t load_acquire(const int32_t *global)
 {

@@ -11,6 +11,28 @@ using tensor_map = moe_tensor_map;
 
 // clang-format off
 
+// red.global.add.noftz.v4, "red": eight neighbouring bf16 (f16) sums in memory, each rounded, which leave L2 last (evict_last);
+// 16-byte aligned. In any order with the adds of others. Each thread for itself.
+__device__ __forceinline__ void add_16_bf16_kept(void *global, uint4 v)
+{
+    asm volatile("{\n"
+                 ".reg .b64 kept;\n"
+                 "createpolicy.fractional.L2::evict_last.b64 kept, 1.0;\n"
+                 "red.global.add.noftz.L2::cache_hint.v4.bf16x2 [%0], {%1, %2, %3, %4}, kept;\n"
+                 "}"
+                 :: "l"(global), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+__device__ __forceinline__ void add_16_f16_kept(void *global, uint4 v)
+{
+    asm volatile("{\n"
+                 ".reg .b64 kept;\n"
+                 "createpolicy.fractional.L2::evict_last.b64 kept, 1.0;\n"
+                 "red.global.add.noftz.L2::cache_hint.v4.f16x2 [%0], {%1, %2, %3, %4}, kept;\n"
+                 "}"
+                 :: "l"(global), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // mbarrier.init, "mbarrier.init": `arrivals` arrivals complete a phase. One thread, before fence and barrier.
 __device__ __forceinline__ void mbarrier_init(uint32_t bar, uint32_t arrivals)
 {
@@ -41,6 +63,13 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t bar)
 __device__ __forceinline__ void cp_async_arrive(uint32_t bar)
 {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" :: "r"(bar) : "memory");
+}
+
+// cp.async, "cp.async": 4 bytes global -> shared; only the first `bytes` (0 or 4) are read, the rest of the 4 is zero.
+// Each thread for itself.
+__device__ __forceinline__ void cp_async_4(uint32_t shared, const void *global, uint32_t bytes)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" :: "r"(shared), "l"(global), "r"(bytes) : "memory");
 }
 
 // mbarrier.try_wait, "mbarrier.test_wait / try_wait": spin until phase parity completes. Any thread.

@@ -73,7 +73,7 @@ def test_info_lists_the_variants():
 @pytest.mark.parametrize("v", variants(), ids=lambda v: v["name"])
 def test_variant_is_one_that_a_gpu_can_run(v):
     """Whole mma fragments, a ring that fits shared memory, no more than 1024 threads."""
-    assert v["stage"] in ("gate_up", "down", "experts") and v["act"] in DTYPES
+    assert v["stage"] in ("gate_up", "down", "down_add", "experts") and v["act"] in DTYPES
     m, n = ("cols", "rows") if v["orient"] == "swap" else ("rows", "cols")
     assert v[m] % (16 * v["wm"]) == 0 and v[n] % (8 * v["wn"]) == 0
     assert v["k"] % (16 * v["wk"]) == 0
@@ -95,6 +95,15 @@ def test_gate_up_and_down_have_the_same_heights():
                 for s in ("gate_up", "down")
             ]
             assert heights[0] == heights[1] and heights[0]
+
+
+def test_tiles_that_add_are_tiles_of_down():
+    """The plan takes the row that adds for the tile it has chosen for down."""
+    tiles = [
+        {(v["act"], v["rows"], v["cols"], v["stages"]) for v in variants() if v["stage"] == stage}
+        for stage in ("down", "down_add")
+    ]
+    assert tiles[1] and tiles[1] < tiles[0]
 
 
 def test_rows_for_both_stages():
@@ -141,6 +150,8 @@ def portable_chosen(*restriction):
 def test_every_variant_is_chosen_somewhere():
     """A row that no layer in use is planned with is dead weight in every wheel."""
     found = all_chosen() | portable_chosen() | portable_chosen(False, 0, True)
+    for dtype in ("bfloat16", "float16"):
+        found |= chosen(dtype=dtype, deterministic=False)
     assert {v["name"] for v in variants()} - found == set()
 
 

@@ -99,6 +99,15 @@ def test_activations(variant, seed, activation, alpha, limit, clamp, gated):
 
 
 @pytest.mark.small
+@pytest.mark.parametrize("weights_dtype", [F32, BF16, F16], ids=str)
+def test_weights_dtypes(variant, seed, weights_dtype):
+    """Several tiles a block, full ones and ones with padding: down of sm90a has float32 weights
+    copied to shared memory, by slots that it asked for a tile before, and loads others."""
+    layer = make_layer(seed, 900, 4104, 72, 7, 2, routing="dropped", weights_dtype=weights_dtype)
+    check_layer(variant, layer)
+
+
+@pytest.mark.small
 @pytest.mark.parametrize("order", reference.ORDERS)
 @pytest.mark.parametrize("bias", [None, F32], ids=str)
 def test_orders_and_biases(variant, seed, order, bias):

@@ -41,6 +41,11 @@ int moe_cuda_gate_up(const moe_plan *plan, const moe_gate_up_args *args, int dev
                      moe_error *err);
 int moe_cuda_down(const moe_plan *plan, const moe_down_args *args, int device, void *stream,
                   moe_error *err);
+/* Where plan->adds: fill in front, then the rows of down are added into out. */
+int moe_cuda_fill(const moe_plan *plan, const moe_fill_args *args, int device, void *stream,
+                  moe_error *err);
+int moe_cuda_down_add(const moe_plan *plan, const moe_down_add_args *args, int device, void *stream,
+                      moe_error *err);
 /* Both in one launch, where plan->one_launch. */
 int moe_cuda_experts(const moe_plan *plan, const moe_experts_args *args, int device, void *stream,
                      moe_error *err);
@@ -119,6 +124,8 @@ MOE_CUDA_STAGE_STUB(moe_cuda_align_pad, moe_pad_args)
 MOE_CUDA_STAGE_STUB(moe_cuda_align_tiles, moe_align_args)
 MOE_CUDA_STAGE_STUB(moe_cuda_gate_up, moe_gate_up_args)
 MOE_CUDA_STAGE_STUB(moe_cuda_down, moe_down_args)
+MOE_CUDA_STAGE_STUB(moe_cuda_fill, moe_fill_args)
+MOE_CUDA_STAGE_STUB(moe_cuda_down_add, moe_down_add_args)
 MOE_CUDA_STAGE_STUB(moe_cuda_experts, moe_experts_args)
 MOE_CUDA_STAGE_STUB(moe_cuda_combine, moe_combine_args)
 MOE_CUDA_STAGE_STUB(moe_cuda_gate_up_decode, moe_gate_up_decode_args)

@@ -29,8 +29,11 @@ enum {
     KERNEL_COMBINE_F16_2,
     KERNEL_COMBINE_BF16_4,
     KERNEL_COMBINE_F16_4,
+    KERNEL_COMBINE_BF16_5,
+    KERNEL_COMBINE_F16_5,
     KERNEL_COMBINE_BF16_ANY,
     KERNEL_COMBINE_F16_ANY,
+    KERNEL_DOWN_FILL,
     KERNEL_HOPPER_PROBE,
     KERNEL_ROUTE_GENERAL,                                 /* up to 128, 256, 512, 1024 experts */
     KERNEL_ROUTE_GENERAL_LAST = KERNEL_ROUTE_GENERAL + 3, /* rows of route_variants.def follow */
@@ -46,6 +49,7 @@ enum {
 #define PARAMS_sm80_down            moe_down_args
 #define PARAMS_sm90a_gate_up        moe_gate_up_args
 #define PARAMS_sm90a_down           moe_down_args
+#define PARAMS_sm90a_down_add       moe_down_add_args
 #define PARAMS_sm90a_swap_gate_up   moe_gate_up_args
 #define PARAMS_sm90a_swap_down      moe_down_args
 #define PARAMS_sm90a_swap_experts   moe_experts_args
@@ -59,6 +63,7 @@ enum {
 #define MAPS_sm80_down              0
 #define MAPS_sm90a_gate_up          1
 #define MAPS_sm90a_down             2
+#define MAPS_sm90a_down_add         2
 #define MAPS_sm90a_swap_gate_up     1
 #define MAPS_sm90a_swap_down        1
 #define MAPS_sm90a_swap_experts     2 /* of w13, of w2 */
@@ -82,9 +87,12 @@ static const moe_kernel_row KERNELS[] = {
     [KERNEL_COMBINE_F16_2] = {"moe_combine_f16_2", "combine", 0, 80, sizeof(moe_combine_args)},
     [KERNEL_COMBINE_BF16_4] = {"moe_combine_bf16_4", "combine", 0, 80, sizeof(moe_combine_args)},
     [KERNEL_COMBINE_F16_4] = {"moe_combine_f16_4", "combine", 0, 80, sizeof(moe_combine_args)},
+    [KERNEL_COMBINE_BF16_5] = {"moe_combine_bf16_5", "combine", 0, 80, sizeof(moe_combine_args)},
+    [KERNEL_COMBINE_F16_5] = {"moe_combine_f16_5", "combine", 0, 80, sizeof(moe_combine_args)},
     [KERNEL_COMBINE_BF16_ANY] = {"moe_combine_bf16_any", "combine", 0, 80,
                                  sizeof(moe_combine_args)},
     [KERNEL_COMBINE_F16_ANY] = {"moe_combine_f16_any", "combine", 0, 80, sizeof(moe_combine_args)},
+    [KERNEL_DOWN_FILL] = {"moe_down_fill", "down_add_sm90a", 0, 90, sizeof(moe_fill_args)},
     [KERNEL_HOPPER_PROBE] = {"moe_hopper_probe", "hopper_probe", 0, 90, 0},
     {"moe_route_general_4", "route", 0, 80, sizeof(moe_route_args)},
     {"moe_route_general_8", "route", 0, 80, sizeof(moe_route_args)},
@@ -398,20 +406,34 @@ int moe_cuda_gate_up_decode(const moe_plan *plan, const moe_gate_up_decode_args 
                          err);
 }
 
+/* args: moe_down_args or what begins with them. */
+static int launch_down(const moe_plan *plan, const moe_down_args *a, void *args, int device,
+                       void *stream, moe_error *err)
+{
+    geometry g = gemm_geometry(&plan->down, plan->max_tiles);
+    /* down reads the work list before it waits, which only gate_up in front of it makes safe */
+    g.dependent = plan->problem.operation != MOE_OP_DOWN;
+    moe_tensor_key keys[2] = {w2_key(a, plan->down.weight_box),
+                              tensor_key(a->intermediate, a->dtype, plan->down.token_box,
+                                         a->intermediate_size, a->num_slots, 1, 1,
+                                         a->intermediate_stride, 0, 0)};
+    keys[0].fetch_bytes = (uint16_t)plan->down.fetch_bytes;
+    return launch_mapped(KERNEL_FIRST_VARIANT + plan->down.variant, &g, args, keys, device, stream,
+                         err);
+}
+
 int moe_cuda_down(const moe_plan *plan, const moe_down_args *args, int device, void *stream,
                   moe_error *err)
 {
     moe_down_args a = *args;
-    geometry g = gemm_geometry(&plan->down, plan->max_tiles);
-    /* down reads the work list before it waits, which only gate_up in front of it makes safe */
-    g.dependent = plan->problem.operation != MOE_OP_DOWN;
-    moe_tensor_key keys[2] = {w2_key(&a, plan->down.weight_box),
-                              tensor_key(a.intermediate, a.dtype, plan->down.token_box,
-                                         a.intermediate_size, a.num_slots, 1, 1,
-                                         a.intermediate_stride, 0, 0)};
-    keys[0].fetch_bytes = (uint16_t)plan->down.fetch_bytes;
-    return launch_mapped(KERNEL_FIRST_VARIANT + plan->down.variant, &g, &a, keys, device, stream,
-                         err);
+    return launch_down(plan, &a, &a, device, stream, err);
+}
+
+int moe_cuda_down_add(const moe_plan *plan, const moe_down_add_args *args, int device, void *stream,
+                      moe_error *err)
+{
+    moe_down_add_args a = *args;
+    return launch_down(plan, &a.stage, &a, device, stream, err);
 }
 
 int moe_cuda_down_decode(const moe_plan *plan, const moe_down_decode_args *args, int device,
@@ -436,11 +458,22 @@ int moe_cuda_combine(const moe_plan *plan, const moe_combine_args *args, int dev
         a.num_tokens >= ceil_div(MOE_COMBINE_MANY, MOE_COMBINE_CHUNKS(a.hidden_size))) {
         kernel = a.topk <= 2 ? KERNEL_COMBINE_BF16_2 : KERNEL_COMBINE_BF16_4;
         tokens = a.topk <= 2 ? 4 : 2;
+    } else if (vector && (a.topk == 9 || a.topk == 10)) {
+        kernel = KERNEL_COMBINE_BF16_5;
     }
     if (a.dtype != MOE_BF16) ++kernel;
     const int64_t blocks = MOE_COMBINE_BLOCKS(ceil_div(a.num_tokens, tokens), a.hidden_size);
     const geometry g = {blocks < (1 << 30) ? blocks : 1 << 30, MOE_COMBINE_THREADS, 0, true};
     return launch(kernel, &g, &a, device, stream, err);
+}
+
+int moe_cuda_fill(const moe_plan *plan, const moe_fill_args *args, int device, void *stream,
+                  moe_error *err)
+{
+    moe_fill_args a = *args;
+    const int64_t most = (int64_t)MOE_FILL_BLOCKS * plan->num_sms;
+    const geometry g = {a.num_tokens < most ? a.num_tokens : most, MOE_FILL_THREADS, 0, true};
+    return launch(KERNEL_DOWN_FILL, &g, &a, device, stream, err);
 }
 
 /* ------------------------------------------------------------------------------------------------

@@ -283,6 +283,7 @@ def plan(
     router_experts: int | None = 0,
     vector_bytes: int | None = 16,
     workspace_limit: int | None = 0,
+    deterministic: bool | None = True,
 ) -> dict[str, Any]: ...
 def workspace_size(
     num_tokens: int,
@@ -299,6 +300,7 @@ def workspace_size(
     router_experts: int | None = 0,
     vector_bytes: int | None = 16,
     workspace_limit: int | None = 0,
+    deterministic: bool | None = True,
 ) -> int: ...
 def load(device: int | None = 0) -> None: ...
 def info() -> dict[str, Any]: ...

@@ -78,7 +78,9 @@ class Layer:
         """(tokens, want, error, RMS error of unfused kernels) of the first call of a point."""
         tokens = sampled(num_tokens)
         arguments = self.x[:num_tokens], *self.host, *self.routing(num_tokens, case, 0)
-        want, error = reference.fused_experts_error(*arguments, tokens=tokens)
+        want, error = reference.fused_experts_error(
+            *arguments, tokens=tokens, deterministic=case != FAST
+        )
         return tokens, want, error, reference.unfused_rms(*arguments, tokens=tokens)
 
     def routing(self, num_tokens, case, i):
@@ -111,7 +113,9 @@ class Layer:
             while time.perf_counter() < end:
                 replay(max(1, int(1e5 / (times[0] * len(calls)))))
             record["us_hot"] = round(statistics.median(replay(REPLAYS)), 2)
-        plan = ops.plan(num_tokens, *self.sizes, dtype=dtype, device=backend.name)
+        plan = ops.plan(
+            num_tokens, *self.sizes, dtype=dtype, device=backend.name, deterministic=case != FAST
+        )
         if case in SKEWED:
             itemsize = generate.dtype_of(dtype).itemsize
             predicted = model_us(self.sizes, num_tokens, distinct, *rates(backend), itemsize)
@@ -145,6 +149,7 @@ class Layer:
                 out=out,
                 workspace=workspace,
                 stream=backend.stream,
+                deterministic=case != FAST,
             )
 
         calls = []
@@ -176,6 +181,7 @@ def sampled(num_tokens, count=CHECKED_TOKENS):
 
 
 SKEWED = ("zipf1", "same_experts")
+FAST = "fast"
 
 
 def routing(num_tokens, sizes, seed, case="uniform"):
@@ -395,7 +401,7 @@ def run(backend, models, tokens, dtype="bf16", cases=("uniform",), save=None):
     """Measures models x cases x tokens and prints a line for each; returns the records.
 
     cases: "portable": only kernels that need no architecture of their own (the plan chooses among
-    these from now on); others: routings (see `routing`).
+    these from now on); "fast": with deterministic=False; others: routings (see `routing`).
     save: None, or a function that takes the records of one model when it is done.
     """
     _C._restrict_plans("portable" in cases, 0)

@@ -732,11 +732,13 @@ def combine_error(
     dtype=None,
     rows_error=None,
     dependent=None,
+    deterministic=True,
 ):
     """Error of `combine` with the same arguments, stored in `dtype` (default: that of rows).
 
-    rows_error  Error of `rows`; None: they are exact
-    dependent   bool [T] or None: tokens whose slots share their errors (the same expert twice)
+    rows_error     Error of `rows`; None: they are exact
+    dependent      bool [T] or None: tokens whose slots share their errors (the same expert twice)
+    deterministic  False: rows are added in memory, in any order, and each sum is rounded
     """
     dtype = _dtype_name(dtype or np.asarray(rows).dtype)
     rows = _f64(rows)
@@ -744,13 +746,14 @@ def combine_error(
     num_tokens, topk = row_of_slot.shape
     scale = 1.0 if routed_scaling_factor is None else float(routed_scaling_factor)
     shape = (num_tokens, rows.shape[1])
-    out, size, absolute, variance, deviation = (np.zeros(shape) for _ in range(5))
+    out, size, absolute, variance, deviation, squares = (np.zeros(shape) for _ in range(6))
     with np.errstate(all="ignore"):
         for s in range(topk):
             kept = row_of_slot[:, s] >= 0
             row = row_of_slot[kept, s]
             out[kept] += rows[row]
             size[kept] += np.abs(rows[row])
+            squares[kept] += (rows[row] * scale) ** 2
             if rows_error:
                 absolute[kept] += rows_error.absolute[row]
                 variance[kept] += rows_error.variance[row]
@@ -760,8 +763,12 @@ def combine_error(
         # The scaling factor travels as f32: one more rounding, and one for the product.
         out, size, absolute = out * scale, size * abs(scale), absolute * abs(scale)
         variance = variance * scale**2
+        shared = 0.0 if shared_output is None else _f64(shared_output)
+        if not deterministic:
+            absolute, variance = _round_sums(
+                shared, out, squares, size + np.abs(shared), absolute, variance, topk, dtype
+            )
         if shared_output is not None:
-            shared = _f64(shared_output)
             out, size = out + shared, size + np.abs(shared)
         absolute = absolute + _gamma(topk + 3) * (size + absolute)
         variance = variance + (topk + 3) * (_ACCUMULATE * size) ** 2
@@ -794,11 +801,12 @@ def fused_experts_error(
     tokens=None,
     dtype=None,
     weights_relative=0.0,
+    deterministic=True,
 ):
     """(want, Error) of `fused_experts` with the same arguments: three roundings, carried through.
 
-    dtype  of the activations (default: that of hidden_states). Returns the oracle's result too,
-    because it is computed on the way.
+    dtype  of the activations (default: that of hidden_states); deterministic: as combine_error.
+    Returns the oracle's result too, because it is computed on the way.
     """
     x, weights, ids, shared = _sample(tokens, hidden_states, topk_weights, topk_ids, shared_output)
     dtype = _dtype_name(dtype or x.dtype)
@@ -853,9 +861,8 @@ def fused_experts_error(
     twice = ((expert[:, 1:] == expert[:, :-1]) & (expert[:, 1:] >= 0)).any(axis=1)
     last = dict(routed_scaling_factor=routed_scaling_factor, shared_output=shared)
     want = combine(rows, row_of_slot, **last)
-    return want, combine_error(
-        rows, row_of_slot, **last, dtype=dtype, rows_error=rows_error, dependent=twice
-    )
+    last.update(rows_error=rows_error, dependent=twice, deterministic=deterministic)
+    return want, combine_error(rows, row_of_slot, **last, dtype=dtype)
 
 
 def fused_moe_error(
@@ -1091,6 +1098,20 @@ def _swing(g, f, error, args):
     """Largest |f(g +- error) - f(g)|."""
     above, below = (_activate(g + d, None, *args)[0] for d in (error, -error))
     return np.maximum(np.abs(above - f), np.abs(below - f))
+
+
+def _round_sums(begin, total, squares, size, absolute, variance, topk, dtype):
+    """Error after the roundings of all sums but the last, in any order: of begin and topk terms
+    whose sum, squares and magnitudes add up to total, squares and size (begin included). Expected
+    square of a sum of j of them: over all orders."""
+    u = _DTYPES[dtype][0]
+    for j in range(1, topk):
+        share, both = j / topk, j * (j - 1) / (topk * (topk - 1))
+        square = begin**2 + 2 * share * begin * total + share * squares
+        square = square + both * (total**2 - squares)
+        absolute, _ = _round(size, absolute, variance, dtype)
+        variance = variance + (_ROUND_RMS * u) ** 2 * np.maximum(square, 0)
+    return absolute, variance
 
 
 def _round(value, absolute, variance, dtype):
