@@ -687,6 +687,8 @@ static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_s
         p->combine != MOE_COMBINE_SUM || plan->num_chunks != 1 || p->vector_bytes < 16 ||
         slots > MOE_DECODE_SLOTS)
         return false;
+    /* a thread block's share of the items is found in 32 bits */
+    if (slots * ceil_div(p->intermediate_size, 8) * d->num_sms > UINT32_MAX) return false;
     /* measured: above 8 tokens a piece of K left over, which takes a stage of its own, costs more than align and combine */
     const bool left_over = p->intermediate_size % MOE_MAP_COLS != 0;
     if (tokens > 8 && left_over && gate_up->rows_per_expert < 1.5) return false;

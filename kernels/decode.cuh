@@ -1,7 +1,7 @@
 /* decode.cuh: what the kernels for a few tokens share (gate_up_decode_sm90a.cu, down_decode_sm90a.cu).
  *
  * No align: every thread block reads topk_ids, a few hundred slots at most, and finds the experts that have any,
- * in ascending order. Tokens are the columns of mma m16n8k16, all of them for every expert (tensor cores have
+ * each once. Tokens are the columns of mma m16n8k16, all of them for every expert (tensor cores have
  * nothing else to do while the weights stream by); what a token has no slot for is not stored or not added.
  *
  * Weights come through a ring that the copy engine fills, one thread asking for it: a unit is 64 of K, 128-byte
@@ -19,8 +19,9 @@ static constexpr int kThreads = kMathThreads + 32 * MOE_GEMM_PRODUCERS_sm90a_dec
 static constexpr int kUnitK = 64;
 static constexpr int kFinders = kThreads - 32; // threads that find experts, all warps but one
 static constexpr int kMathBarrier = 1;         // of bar.sync: the math warps
-static constexpr int kFindBarrier = 2;
+static constexpr int kFindBarrier = 2, kFoundBarrier = 3;
 static constexpr int kMaxTiles = 2; // of eight tokens
+static constexpr int kEach = 2;     // slots a lane of a warp that finds the experts alone
 
 struct decode_state {
     // landed: a stage's copies; read: its units are multiplied, one arrival per reading warp; panel: token rows (gate_up);
@@ -30,26 +31,33 @@ struct decode_state {
     uint64_t panel, summed[2], written[2];
     int32_t num_active, duplicates;   // duplicates: some token has two slots of one expert (down)
     uint32_t seen[kMaxTiles][32];     // experts that have slots of these eight tokens, one bit each
+    int16_t before[32];               // experts that have slots in the words of `seen` before
     int16_t expert[MOE_DECODE_SLOTS]; // of a slot, -1: dropped
-    int16_t active[MOE_DECODE_SLOTS]; // experts that have slots, ascending
-    int16_t
-        rank[MOE_DECODE_SLOTS]; // of a slot: where its expert is in `active`, -1: dropped (down)
-    float weight[MOE_DECODE_SLOTS]; // of a slot (down)
+    int16_t active[MOE_DECODE_SLOTS]; // experts that have slots, ascending where they are not few
+    float weight[MOE_DECODE_SLOTS];   // of a slot (down)
 };
 static_assert(sizeof(decode_state) <= MOE_DECODE_SLOT_BYTES, "the host asks for so much");
 
-// Division by the same number again and again, made ready long before: n / d = 2 n * (2^63 / d + 1) / 2^64, n * d < 2^63.
+// Division by the same number again and again, made ready before: a division is a tenth of a microsecond, of 64 bits more.
 struct divisor {
-    uint64_t reciprocal;
-    __device__ __forceinline__ explicit divisor(uint32_t d) : reciprocal((1ull << 63) / d + 1)
+    uint32_t by, reciprocal; // the quotient of 2^32 - 1
+    __device__ __forceinline__ explicit divisor(uint32_t by) : by(by), reciprocal(0xffffffffu / by)
     {
-        asm volatile("" : "+l"(reciprocal)); // here, not where it is needed first
     }
-    __device__ __forceinline__ int32_t divide(uint64_t n) const
+    __device__ __forceinline__ int32_t divide(uint32_t n) const
     {
-        return static_cast<int32_t>(__umul64hi(2 * n, reciprocal));
+        uint32_t quotient = __umulhi(n, reciprocal), left = n - quotient * by; // up to 2 too small
+        if (left >= by) ++quotient, left -= by;
+        return static_cast<int32_t>(quotient + (left >= by));
     }
 };
+
+// Whole warps: lanes that left a loop before the others would arrive at the barrier apart from them.
+static __device__ __forceinline__ void sync_warps(uint32_t barrier, uint32_t threads)
+{
+    __syncwarp();
+    named_barrier_sync(barrier, threads);
+}
 
 // Where a thread is in the ring.
 struct ring_position {
@@ -86,17 +94,21 @@ static __device__ __forceinline__ void start_ring(decode_state &state, int32_t s
     tensor_map_prefetch(tail);
 }
 
-// The expert that a slot goes to, or -1; ids past L1, because other kernels may just have written them.
-static __device__ __forceinline__ int32_t local_expert(const moe_slot_args &args, int32_t slot)
+// What topk_ids says of a slot; past L1, because other kernels may just have written it.
+static __device__ __forceinline__ int64_t load_id(const moe_slot_args &args, int32_t slot)
 {
     int64_t at = slot;
     if (args.ids_stride != args.topk) { // a division is a tenth of a microsecond
         int32_t token = slot / args.topk;
         at = token * args.ids_stride + (slot - token * args.topk);
     }
-    int64_t id = args.ids_dtype == MOE_I64
-                     ? __ldcg(static_cast<const long long *>(args.topk_ids) + at)
-                     : __ldcg(static_cast<const int *>(args.topk_ids) + at);
+    return args.ids_dtype == MOE_I64 ? __ldcg(static_cast<const long long *>(args.topk_ids) + at)
+                                     : __ldcg(static_cast<const int *>(args.topk_ids) + at);
+}
+
+// The expert that a slot goes to, or -1.
+static __device__ __forceinline__ int32_t local_expert(const moe_slot_args &args, int64_t id)
+{
     return expert_of_id(args, id, [](const int32_t *entry) { return __ldcg(entry); });
 }
 
@@ -122,49 +134,39 @@ static __device__ __forceinline__ bool few_slots(const moe_slot_args &args)
     return kTiles == 1 && args.num_slots <= 32;
 }
 
-// The same as find_experts for at most 32 slots, in one warp: what it takes is the way of the ids from memory.
-static __device__ __forceinline__ void find_few_experts(decode_state &state,
-                                                        const moe_slot_args &args)
+// What one warp knows of at most 32 slots, one a lane.
+struct lane_slot {
+    int32_t expert, rank; // -1: dropped; where it is in `active`
+    uint32_t same;        // the lanes of this expert
+};
+
+// The same as find_experts for at most 32 slots, in one warp: what it takes is the way of the ids from memory. Experts in
+// the order of their first slots. id: of the lane's slot.
+static __device__ __forceinline__ lane_slot find_few_experts(decode_state &state,
+                                                             const moe_slot_args &args, int64_t id)
 {
-    int32_t lane = threadIdx.x % 32, rank = 0;
-    int32_t expert = lane < args.num_slots ? local_expert(args, lane) : -1;
-    uint32_t same = __match_any_sync(0xffffffffu, expert);
-    bool first = expert >= 0 && (same & ((1u << lane) - 1)) == 0;
-    uint32_t firsts = __ballot_sync(0xffffffffu, first);
-    // Those that are not the first of an expert count for nothing.
-    int32_t counted = first ? expert : INT32_MAX;
-#pragma unroll 1
-    for (int32_t slot = 0; slot < args.num_slots; slot += 8) {
-#pragma unroll
-        for (int32_t i = 0; i < 8; ++i)
-            rank += __shfl_sync(0xffffffffu, counted, slot + i) < expert;
-    }
+    const int32_t lane = threadIdx.x % 32;
+    const int32_t expert = lane < args.num_slots ? local_expert(args, id) : -1;
+    const uint32_t same = __match_any_sync(0xffffffffu, expert);
+    const int32_t leader = __ffs(static_cast<int32_t>(same)) - 1;
+    const bool first = expert >= 0 && leader == lane;
+    const uint32_t firsts = __ballot_sync(0xffffffffu, first);
+    const int32_t rank = expert >= 0 ? __popc(firsts & ((1u << leader) - 1)) : -1;
     if (lane < args.num_slots) {
         state.expert[lane] = static_cast<int16_t>(expert);
-        state.rank[lane] = static_cast<int16_t>(expert >= 0 ? rank : -1);
         if (first) state.active[rank] = static_cast<int16_t>(expert);
     }
     if (lane == 0) state.num_active = __popc(firsts);
+    return {expert, rank, same};
 }
 
-// The same for any number: all warps but the last.
+// The words of `seen`, one a lane: how many experts are in those before the lane's, whose bits it fills in. The first warp
+// writes it down.
 template <int kTiles>
-static __device__ __forceinline__ void find_many_experts(decode_state &state,
-                                                         const moe_slot_args &args)
+static __device__ __forceinline__ int32_t count_before(decode_state &state, uint32_t &bits)
 {
-    const int32_t thread = threadIdx.x, lane = thread % 32, words = (args.num_experts + 31) / 32;
-    int32_t slot = thread, expert = slot < args.num_slots ? local_expert(args, slot) : -1;
-    named_barrier_sync(kFindBarrier, kFinders); // `seen` is zero
-#pragma unroll 1
-    for (; slot < args.num_slots; slot += kFinders) {
-        if (slot != thread) expert = local_expert(args, slot);
-        state.expert[slot] = static_cast<int16_t>(expert);
-        int32_t tile = kTiles > 1 && slot >= 8 * args.topk;
-        if (expert >= 0) atomicOr(&state.seen[tile][expert / 32], 1u << expert % 32);
-    }
-    named_barrier_sync(kFindBarrier, kFinders);
-    // Every warp scans the words, one a lane, and lists the experts of its own.
-    uint32_t bits = 0;
+    const int32_t lane = threadIdx.x % 32;
+    bits = 0;
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
         bits |= state.seen[tile][lane];
@@ -174,8 +176,59 @@ static __device__ __forceinline__ void find_many_experts(decode_state &state,
         int32_t below = __shfl_up_sync(0xffffffffu, before, offset);
         if (lane >= offset) before += below;
     }
-    if (thread == 31) state.num_active = before;
+    if (threadIdx.x == 31) state.num_active = before;
     before -= __popc(bits);
+    if (threadIdx.x < 32) state.before[lane] = static_cast<int16_t>(before);
+    return before;
+}
+
+// The same for at most 32 * kEach slots, still one warp: barriers between warps take longer. Experts in ascending order. (Four
+// slots a lane were slower than all warps.)
+static __device__ __forceinline__ void find_some_experts(decode_state &state,
+                                                         const moe_slot_args &args)
+{
+    const int32_t lane = threadIdx.x;
+    int64_t id[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+        id[i] = load_id(args, min(lane + 32 * i, args.num_slots - 1));
+    __syncwarp(); // this warp's words of `seen` are zero
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+        if (lane + 32 * i >= args.num_slots) break;
+        const int32_t expert = local_expert(args, id[i]);
+        state.expert[lane + 32 * i] = static_cast<int16_t>(expert);
+        if (expert >= 0) atomicOr(&state.seen[0][expert / 32], 1u << expert % 32);
+    }
+    __syncwarp();
+    uint32_t bits;
+    int32_t at = count_before<1>(state, bits);
+#pragma unroll 1
+    for (; bits; bits &= bits - 1)
+        state.active[at++] =
+            static_cast<int16_t>(lane * 32 + __ffs(static_cast<int32_t>(bits)) - 1);
+}
+
+// The same for any number: all warps but the last.
+template <int kTiles>
+static __device__ __forceinline__ void find_many_experts(decode_state &state,
+                                                         const moe_slot_args &args)
+{
+    const int32_t thread = threadIdx.x, lane = thread % 32, words = (args.num_experts + 31) / 32;
+    int32_t slot = thread;
+    int32_t expert = slot < args.num_slots ? local_expert(args, load_id(args, slot)) : -1;
+    sync_warps(kFindBarrier, kFinders); // `seen` is zero
+#pragma unroll 1
+    for (; slot < args.num_slots; slot += kFinders) {
+        if (slot != thread) expert = local_expert(args, load_id(args, slot));
+        state.expert[slot] = static_cast<int16_t>(expert);
+        int32_t tile = kTiles > 1 && slot >= 8 * args.topk;
+        if (expert >= 0) atomicOr(&state.seen[tile][expert / 32], 1u << expert % 32);
+    }
+    sync_warps(kFindBarrier, kFinders);
+    // Every warp scans the words and lists the experts of its own.
+    uint32_t bits;
+    const int32_t before = count_before<kTiles>(state, bits);
 #pragma unroll 1
     for (int32_t word = thread / 32; word < words; word += kFinders / 32) {
         uint32_t experts = __shfl_sync(0xffffffffu, bits, word);
@@ -186,69 +239,73 @@ static __device__ __forceinline__ void find_many_experts(decode_state &state,
     }
 }
 
-// Fills expert and active, with few slots and tokens rank as well; returns how many experts are active. All threads of the
-// block, of which the last warp only waits in the end; after start_ring, whose barriers then are there.
+// Fills expert and active; returns how many experts are active. All threads of the block, after start_ring, whose barriers
+// then are there.
 template <int kTiles>
 static __device__ __forceinline__ int32_t find_experts(decode_state &state,
                                                        const moe_slot_args &args)
 {
     static_assert(kTiles <= kMaxTiles, "a bit for each expert and tile");
+    const int32_t thread = threadIdx.x;
     if (few_slots<kTiles>(args)) {
-        if (threadIdx.x < 32) find_few_experts(state, args);
-    } else if (threadIdx.x < kFinders) {
+        if (thread < 32)
+            find_few_experts(state, args, thread < args.num_slots ? load_id(args, thread) : 0);
+    } else if (kTiles == 1 && args.num_slots <= 32 * kEach) {
+        if (thread < 32) find_some_experts(state, args);
+    } else if (thread < kFinders) {
         find_many_experts<kTiles>(state, args);
     }
-    __syncthreads();
+    sync_warps(kFoundBarrier, kThreads);
     return state.num_active;
 }
 
-// How many experts before `expert` are active, for an active one: where it is in `active`.
+// Where an active expert is in `active`; not where find_few_experts filled it.
 template <int kTiles>
 static __device__ __forceinline__ int32_t rank_of(const decode_state &state, int32_t expert)
 {
-    int32_t rank = 0;
-#pragma unroll 1
-    for (int32_t word = 0; word <= expert / 32; ++word) {
-        uint32_t bits = 0;
+    const int32_t word = expert / 32;
+    uint32_t bits = 0;
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile)
-            bits |= state.seen[tile][word];
-        rank += __popc(word < expert / 32 ? bits : bits & ((1u << expert % 32) - 1));
-    }
-    return rank;
+    for (int tile = 0; tile < kTiles; ++tile)
+        bits |= state.seen[tile][word];
+    return state.before[word] + __popc(bits & ((1u << expert % 32) - 1));
 }
 
-// The products of one unit: 16 weight rows, rows 0 .. 7 at `rows` and 8 .. 15 1024 bytes on. Of a row's eight 16-byte
-// pieces lane 4 g + q reads pieces 2 q and 2 q + 1, and of its token row the same: which of K an mma gets does not
-// matter as long as both sides agree.
+// One unit of 16 weight rows, rows 0 .. 7 at `rows` and 8 .. 15 1024 bytes on, as operands of four mma.
 struct weight_fragments {
-    uint4 low[2], high[2]; // rows g, g + 8: pieces 2 q, 2 q + 1
+    uint32_t k16[4][4];
 };
 
 static __device__ __forceinline__ void load_weights(weight_fragments &w, uint32_t rows)
 {
-    uint32_t lane = threadIdx.x % 32, row = lane / 4, piece = lane % 4 * 2;
+    const uint32_t lane = threadIdx.x % 32, row = lane % 8, piece = lane / 16;
+    rows += lane / 8 % 2 * 1024 + row * 128 + ((piece ^ row) << 4);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        uint32_t at = rows + row * 128 + (((piece + i) ^ row) << 4);
-        w.low[i] = load_shared_16(at);
-        w.high[i] = load_shared_16(at + 1024);
-    }
+    for (int i = 0; i < 4; ++i)
+        ldmatrix_x4(w.k16[i], rows ^ i << 5); // two 16-byte pieces on, in the swizzle
+}
+
+// The same unit of eight token rows; row: that of token lane % 8, where the unit begins.
+struct token_fragments {
+    uint32_t k32[2][4];
+};
+
+static __device__ __forceinline__ void load_tokens(token_fragments &t, uint32_t row)
+{
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+        ldmatrix_x4(t.k32[i], row + threadIdx.x % 32 / 8 * 16 + i * 64);
 }
 
 // The sums together [token][row] += weights . tokens over the unit's 64 of K. An mma waits for the one before that adds
 // to the same: two sums where nothing else lies between.
 template <class T, int kSums>
 static __device__ __forceinline__ void
-multiply_unit(float (&sum)[kSums][4], const weight_fragments &w, const uint4 (&tokens)[2])
+multiply_unit(float (&sum)[kSums][4], const weight_fragments &w, const token_fragments &t)
 {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        uint32_t first[4] = {w.low[i].x, w.high[i].x, w.low[i].y, w.high[i].y};
-        uint32_t second[4] = {w.low[i].z, w.high[i].z, w.low[i].w, w.high[i].w};
-        T::mma(sum[0], first, tokens[i].x, tokens[i].y);
-        T::mma(sum[kSums - 1], second, tokens[i].z, tokens[i].w);
-    }
+    for (int i = 0; i < 4; ++i)
+        T::mma(sum[i % kSums], w.k16[i], t.k32[i / 2][i % 2 * 2], t.k32[i / 2][i % 2 * 2 + 1]);
 }
 
 static __device__ __forceinline__ void release(decode_state &state, int32_t stage)

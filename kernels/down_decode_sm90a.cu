@@ -4,8 +4,8 @@
  *        w2, w2_bias, topk_weights, shared_output, topk_ids
  * Out    out            [num_tokens, hidden_size]  every element is written
  * Math   out = round(scale * sum over slots (w2 . intermediate + bias) * weight + shared_output), f32, one rounding.
- *        Experts in ascending order, stages of the ring dealt to eight warps, whose sums are added in warp order, then
- *        the biases: the same bits every time
+ *        Experts in an order that the ids decide, stages of the ring dealt to eight warps, whose sums are added in warp
+ *        order, then the biases: the same bits every time
  * Grid   a block owns kCols columns of out and goes over all active experts; at most one block per SM, where the plan
  *        says so beside one of gate_up: registers of both have to fit
  * Needs  as gate_up_decode_sm90a.cu. Weights, ids and topk_weights are read before the wait: they are complete once
@@ -133,30 +133,53 @@ struct down_decode {
         int32_t slot = static_cast<int32_t>(threadIdx.x) / pieces;
         int32_t piece = static_cast<int32_t>(threadIdx.x) % pieces;
         const int64_t stride = stage.intermediate_stride * 2;
-        const char *from = static_cast<const char *>(stage.intermediate) + slot * stride;
-        uint32_t to = shared_address(panel + slot * panel_pitch);
+        const char *from =
+            static_cast<const char *>(stage.intermediate) + slot * stride + piece * 16;
+        uint32_t to = shared_address(panel + slot * panel_pitch) + piece * 16;
+        // Steps to this thread's next piece: in a row further on, or in the one behind that.
+        const int64_t from_on = slots_on * stride + pieces_on * 16,
+                      from_next = from_on + stride - pieces * 16;
+        const int32_t to_on = slots_on * panel_pitch + pieces_on * 16,
+                      to_next = to_on + panel_pitch - pieces * 16;
+        compute_now((reinterpret_cast<uint64_t>(from) | from_on | from_next) +
+                    (to | to_on | to_next));
+        // Before the wait: the first kernel of the next call sets itself up meanwhile.
+        grid_launch_dependents();
         grid_dependency_wait();
 #pragma unroll 1
         while (slot < args.slots.num_slots) {
-            cp_async_16(to + piece * 16, from + piece * 16, 16);
-            int32_t on = slots_on;
+            cp_async_16(to, from, 16);
             piece += pieces_on;
-            if (piece >= pieces) piece -= pieces, ++on;
-            slot += on;
-            from += on * stride;
-            to += on * panel_pitch;
+            const bool wraps = piece >= pieces;
+            if (wraps) piece -= pieces;
+            slot += slots_on + wraps;
+            from += wraps ? from_next : from_on;
+            to += wraps ? to_next : to_on;
         }
         cp_async_commit();
-        grid_launch_dependents();
         cp_async_wait<0>();
-        named_barrier_sync(kMathBarrier, kMathThreads);
+        sync_warps(kMathBarrier, kMathThreads);
     }
 
-    // The slots whose products a lane takes part in, of one expert: of token g in lane 4 g + q (its row of the panel) and of
-    // tokens 2 q, 2 q + 1 (its columns of the sums); of eight more tokens in each tile. -1: none.
+    // The slots whose products a lane takes part in, of one expert: of token lane % 8 (its row of the panel) and of tokens
+    // 2 q, 2 q + 1, q = lane % 4 (its columns of the sums, and their weights); of eight more tokens in each tile. -1: none.
     struct lane_slots {
         int32_t row[kTiles], column[kTiles][2];
+        uint32_t address[kTiles]; // of the row in the panel
+        float scale[kTiles][2];
     };
+
+    // Columns without a slot take some row and some weight: they are not added.
+    __device__ __forceinline__ void look_up(lane_slots &slot) const
+    {
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+            slot.address[tile] = shared_address(panel) + max(slot.row[tile], 0) * panel_pitch;
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+                slot.scale[tile][i] = state.weight[max(slot.column[tile][i], 0)];
+        }
+    }
 
     __device__ __forceinline__ void load_slots(lane_slots &slot, int32_t rank) const
     {
@@ -164,24 +187,23 @@ struct down_decode {
         const int32_t lane = threadIdx.x % 32;
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-            slot.row[tile] = from[tile * 8 + lane / 4];
+            slot.row[tile] = from[tile * 8 + lane % 8];
             short2 pair = *reinterpret_cast<const short2 *>(from + tile * 8 + lane % 4 * 2);
             slot.column[tile][0] = pair.x;
             slot.column[tile][1] = pair.y;
         }
+        look_up(slot);
     }
 
     // acc += weight * (the weights of a copy times the token rows), for the tokens that have a slot, of kCopies copies of one
     // stage at once: what one waits for, the other does not. units: of 64 of K, from k on, each.
     template <int kCopies>
     __device__ __forceinline__ void multiply(float (&acc)[kParts][kTiles][4],
-                                             const lane_slots (&slot)[kCopies], uint32_t weights,
+                                             const lane_slots (&slot)[2], uint32_t weights,
                                              const int32_t (&k)[kCopies], int32_t units) const
     {
-        const uint32_t lane = threadIdx.x % 32;
         constexpr int kSums = kParts > 1 ? 1 : 2;
         float sum[kCopies][kParts][kTiles][kSums][4] = {};
-        float scale[kCopies][kTiles][2];
         uint32_t rows[kCopies][kTiles];
         bool any[kCopies][kTiles];
 #pragma unroll
@@ -190,12 +212,7 @@ struct down_decode {
             for (int tile = 0; tile < kTiles; ++tile) {
                 const lane_slots &s = slot[copy];
                 any[copy][tile] = kTiles == 1 || __any_sync(0xffffffffu, s.row[tile] >= 0);
-                // Columns without a slot take some row and some weight: they are not added.
-                rows[copy][tile] = shared_address(panel) + max(s.row[tile], 0) * panel_pitch +
-                                   k[copy] * 2 + lane % 4 * 32;
-#pragma unroll
-                for (int i = 0; i < 2; ++i)
-                    scale[copy][tile][i] = state.weight[max(s.column[tile][i], 0)];
+                rows[copy][tile] = s.address[tile] + k[copy] * 2;
             }
         }
         const uint32_t copy_bytes = args.box_chunks * kUnitBytes;
@@ -203,13 +220,10 @@ struct down_decode {
         for (int32_t unit = 0; unit < units; ++unit) {
 #pragma unroll
             for (int copy = 0; copy < kCopies; ++copy) {
-                uint4 tokens[kTiles][2];
+                token_fragments tokens[kTiles];
 #pragma unroll
                 for (int tile = 0; tile < kTiles; ++tile) {
-                    if (any[copy][tile]) {
-                        tokens[tile][0] = load_shared_16(rows[copy][tile]);
-                        tokens[tile][1] = load_shared_16(rows[copy][tile] + 16);
-                    }
+                    if (any[copy][tile]) load_tokens(tokens[tile], rows[copy][tile]);
                     rows[copy][tile] += kUnitK * 2;
                 }
 #pragma unroll
@@ -234,7 +248,7 @@ struct down_decode {
                     for (int i = 0; i < 4; ++i) {
                         const float(&z)[kSums][4] = sum[copy][part][tile];
                         if (slot[copy].column[tile][i % 2] >= 0)
-                            acc[part][tile][i] += scale[copy][tile][i % 2] *
+                            acc[part][tile][i] += slot[copy].scale[tile][i % 2] *
                                                   (kSums > 1 ? z[0][i] + z[kSums - 1][i] : z[0][i]);
                     }
     }
@@ -255,8 +269,9 @@ struct down_decode {
 #pragma unroll
             for (int i = 0; i < 2; ++i)
                 slot.column[tile][i] =
-                    __shfl_sync(0xffffffffu, slot.row[tile], threadIdx.x % 4 * 8 + i * 4);
+                    __shfl_sync(0xffffffffu, slot.row[tile], threadIdx.x % 4 * 2 + i);
         }
+        look_up(slot);
         return __any_sync(0xffffffffu, any);
     }
 
@@ -287,7 +302,7 @@ struct down_decode {
         const int32_t col = tile * kCols + in_tile; // of all items of a thread
         typename T::element *to =
             static_cast<typename T::element *>(args.out) + token * args.out_stride + col;
-        named_barrier_sync(kMathBarrier, kMathThreads);
+        sync_warps(kMathBarrier, kMathThreads);
         if (col >= stage.hidden_size) return;
 #pragma unroll 1
         for (; item < num_items; item += kMathThreads) {
@@ -338,7 +353,7 @@ struct down_decode {
     {
         const int32_t warp = threadIdx.x / 32, step = min(args.ring_stages, kMathWarps);
         int32_t num_stages = (active * copies_per_expert + args.copies - 1) / args.copies;
-        asm volatile("" : "+r"(num_stages)); // now, not behind the wait
+        compute_now(num_stages);
         // Numbers of stages: this warp's next, one past the tile's last.
         int32_t next = warp, end = 0, stage = warp;
         uint32_t parity = 0;
@@ -346,7 +361,7 @@ struct down_decode {
         at.advance(warp * args.copies, copies_per_expert);
         // Two experts at a time where a copy is all of an expert's; with more sums registers would not do.
         const bool pairs = kParts * kTiles == 1 && copies_per_expert == 1 && !tail && !duplicates;
-        load_panel();
+        bool waited = false;
 #pragma unroll 1
         for (int32_t tile = blockIdx.x; tile < col_tiles; tile += gridDim.x) {
             float acc[kParts][kTiles][4] = {};
@@ -357,28 +372,35 @@ struct down_decode {
             end += num_stages;
 #pragma unroll 1
             for (; warp < step && next < end; next += step) {
-                mbarrier_wait(shared_address(&state.landed[stage]), parity);
                 uint32_t weights = shared_address(ring + stage * stage_bytes);
                 piece mine = at;
 #pragma unroll 1
                 for (int32_t copy = 0; copy < args.copies && mine.rank < active; ++copy) {
-                    if (pairs && copy + 1 < args.copies && mine.rank + 1 < active) {
-                        lane_slots slot[2];
-                        load_slots(slot[0], mine.rank);
-                        load_slots(slot[1], mine.rank + 1);
-                        multiply<2>(acc, slot, weights, {0, 0}, chunks);
-                        weights += 2 * args.box_chunks * kUnitBytes;
-                        mine.rank += 2;
-                        ++copy;
-                        continue;
-                    }
-                    lane_slots slot[1];
-                    load_slots(slot[0], mine.rank);
+                    const bool two = pairs && copy + 1 < args.copies && mine.rank + 1 < active;
                     const int32_t chunk = is_tail(mine) ? chunks : mine.at * args.box_chunks;
                     const int32_t units = is_tail(mine) ? 1 : min(args.box_chunks, chunks - chunk);
-                    do
-                        multiply<1>(acc, slot, weights, {chunk * kUnitK}, units);
-                    while (duplicates && next_slots(slot[0], state.active[mine.rank]));
+                    lane_slots slot[2];
+                    load_slots(slot[0], mine.rank);
+                    if (two) load_slots(slot[1], mine.rank + 1);
+                    if (copy == 0) {
+                        if (!waited) {
+                            // All that needs neither weights nor token rows is done now.
+                            compute_now(weights + units + slot[0].address[0]);
+                            load_panel();
+                            waited = true;
+                        }
+                        mbarrier_wait(shared_address(&state.landed[stage]), parity);
+                    }
+                    if (two) {
+                        multiply<2>(acc, slot, weights, {0, 0}, units);
+                        ++copy;
+                        ++mine.rank;
+                        weights += args.box_chunks * kUnitBytes;
+                    } else {
+                        do
+                            multiply<1>(acc, slot, weights, {chunk * kUnitK}, units);
+                        while (duplicates && next_slots(slot[0], state.active[mine.rank]));
+                    }
                     weights += args.box_chunks * kUnitBytes;
                     mine.advance(1, copies_per_expert);
                 }
@@ -390,14 +412,52 @@ struct down_decode {
                     parity ^= 1;
                 }
             }
+            if (!waited) load_panel(); // there was nothing for this warp
+            waited = true;
             store_sums(acc);
             write(tile);
-            if (tile + gridDim.x < col_tiles) named_barrier_sync(kMathBarrier, kMathThreads);
+            if (tile + gridDim.x < col_tiles) sync_warps(kMathBarrier, kMathThreads);
         }
     }
 
-    // What the math warps know of the slots: weight, rank, `slots`, and whether some token has two slots of one expert.
-    // They do it, after find_experts; weight is that of this thread's first slot.
+    // Zeros behind K.
+    __device__ __forceinline__ void clear_panel_tail() const
+    {
+        const int32_t num_slots = args.slots.num_slots;
+        const int32_t past = (kUnitK - args.stage.intermediate_size % kUnitK) / 8;
+#pragma unroll 1
+        for (int32_t i = threadIdx.x; i < num_slots * past; i += kThreads) {
+            int32_t slot = i / past;
+            *reinterpret_cast<uint4 *>(panel + slot * panel_pitch +
+                                       args.stage.intermediate_size * 2 + (i - slot * past) * 16) =
+                make_uint4(0, 0, 0, 0);
+        }
+    }
+
+    // find_experts and read_slots for at most 32 slots: a warp.
+    __device__ __forceinline__ void read_few_slots() const
+    {
+        const int32_t lane = threadIdx.x % 32, num_slots = args.slots.num_slots;
+        const int64_t id = lane < num_slots ? load_id(args.slots, lane) : 0;
+        const float weight = lane < num_slots ? slot_weight(lane) : 0.0f;
+        if (lane < min(num_slots, args.slots.num_experts))
+            reinterpret_cast<uint4 *>(slots)[lane] = make_uint4(~0u, ~0u, ~0u, ~0u);
+        const int32_t token = lane / args.slots.topk;
+        const lane_slot mine = find_few_experts(state, args.slots, id);
+        // Slots of the same token and expert before this one.
+        const uint32_t before = mine.same & ((1u << lane) - (1u << token * args.slots.topk));
+        __syncwarp();
+        if (lane < num_slots) {
+            state.weight[lane] = weight;
+            if (mine.expert >= 0 && before == 0)
+                slots[mine.rank * kTokens + token] = static_cast<int16_t>(lane);
+        }
+        const bool twice = __any_sync(0xffffffffu, mine.expert >= 0 && before != 0);
+        if (lane == 0) state.duplicates = twice;
+    }
+
+    // What the math warps know of the slots: weight, `slots`, and whether some token has two slots of one expert. They do it,
+    // after find_experts; weight is that of this thread's first slot.
     __device__ __forceinline__ void read_slots(float weight)
     {
         const int32_t topk = args.slots.topk, num_slots = args.slots.num_slots;
@@ -405,37 +465,23 @@ struct down_decode {
 #pragma unroll 1
         for (int32_t i = thread; i < active * kTokens / 8; i += kMathThreads)
             reinterpret_cast<uint4 *>(slots)[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
-        if (tail) { // zeros behind K
-            int32_t past = (kUnitK - args.stage.intermediate_size % kUnitK) / 8;
-#pragma unroll 1
-            for (int32_t i = thread; i < num_slots * past; i += kMathThreads) {
-                int32_t slot = i / past;
-                *reinterpret_cast<uint4 *>(panel + slot * panel_pitch +
-                                           args.stage.intermediate_size * 2 +
-                                           (i - slot * past) * 16) = make_uint4(0, 0, 0, 0);
-            }
-        }
         if (thread == 0) state.duplicates = 0;
-        named_barrier_sync(kMathBarrier, kMathThreads);
+        sync_warps(kMathBarrier, kMathThreads);
 #pragma unroll 1
         for (int32_t slot = thread; slot < num_slots; slot += kMathThreads) {
             state.weight[slot] = slot == thread ? weight : slot_weight(slot);
             int32_t expert = state.expert[slot], token = slot / topk, before = token * topk;
-            const bool known = few_slots<kTiles>(args.slots);
-            if (!known) state.rank[slot] = -1;
             if (expert < 0) continue;
 #pragma unroll 1
             while (state.expert[before] != expert)
                 ++before;
-            int32_t rank = known ? state.rank[slot] : rank_of<kTiles>(state, expert);
-            if (!known) state.rank[slot] = static_cast<int16_t>(rank);
             if (before == slot)
-                slots[rank * kTokens + token] = static_cast<int16_t>(slot);
+                slots[rank_of<kTiles>(state, expert) * kTokens + token] =
+                    static_cast<int16_t>(slot);
             else
                 state.duplicates = 1;
         }
-        named_barrier_sync(kMathBarrier, kMathThreads);
-        duplicates = state.duplicates;
+        sync_warps(kMathBarrier, kMathThreads);
     }
 
     // Past L1, as the ids: this is read before the wait, and what was here at the last call may still be in L1.
@@ -443,8 +489,11 @@ struct down_decode {
     {
         const moe_down_args &stage = args.stage;
         if (!stage.topk_weights) return 1.0f;
-        int32_t token = slot / stage.topk;
-        int64_t at = token * stage.weights_stride + (slot - token * stage.topk);
+        int64_t at = slot;
+        if (stage.weights_stride != stage.topk) {
+            int32_t token = slot / stage.topk;
+            at = token * stage.weights_stride + (slot - token * stage.topk);
+        }
         if (stage.weights_dtype == MOE_F32)
             return __ldcg(static_cast<const float *>(stage.topk_weights) + at);
         unsigned short bits = __ldcg(static_cast<const unsigned short *>(stage.topk_weights) + at);
@@ -455,16 +504,28 @@ struct down_decode {
     __device__ __forceinline__ void run()
     {
         start_ring(state, args.ring_stages, 1, &body, &rest);
-        const bool math = threadIdx.x < kMathThreads;
+        if (tail) clear_panel_tail();
+        const bool math = threadIdx.x < kMathThreads, few = few_slots<kTiles>(args.slots);
+        if (few) {
+            if (threadIdx.x < 32) read_few_slots();
+            __syncthreads();
+            active = state.num_active;
+        }
         // Asked for together with the ids: while gate_up streams, a load takes microseconds.
-        float weight = math && threadIdx.x < args.slots.num_slots ? slot_weight(threadIdx.x) : 0.0f;
-        active = find_experts<kTiles>(state, args.slots);
+        float weight = 0.0f;
+        if (!few) {
+            if (math && threadIdx.x < args.slots.num_slots) weight = slot_weight(threadIdx.x);
+            active = find_experts<kTiles>(state, args.slots);
+        }
         if (math) {
-            read_slots(weight);
+            if (!few) read_slots(weight);
+            duplicates = state.duplicates;
             consume();
         } else if (threadIdx.x % 32 == 0) {
             // Two warps ask where each has stages of the ring for good, as the math warps (consume); one where it would not.
-            const int32_t producers = args.ring_stages % 2 == 0 ? 2 : 1;
+            const bool once = active * copies_per_expert <= args.ring_stages * args.copies &&
+                              col_tiles <= static_cast<int32_t>(gridDim.x);
+            const int32_t producers = args.ring_stages % 2 == 0 || once ? 2 : 1;
             const int32_t producer = threadIdx.x / 32 - kMathWarps;
             if (producer < producers) produce(producer, producers);
         }
@@ -477,6 +538,7 @@ struct down_decode {
              const __grid_constant__ tensor_map body, const __grid_constant__ tensor_map rest)     \
     {                                                                                              \
         extern __shared__ __align__(1024) unsigned char dynamic_shared[];                          \
+        fetch_parameters(args);                                                                    \
         down_decode<type, rows / 8, cols>(args, body, rest, dynamic_shared).run();                 \
     }
 #define MOE_KERNEL_sm90a_down_add(...)

@@ -60,7 +60,7 @@ struct gate_up_decode {
     // This block's share of active * row_tiles items: from total * block / grid on, the fraction cut off.
     __device__ __forceinline__ items share(int32_t active) const
     {
-        const uint64_t total = active * row_tiles;
+        const uint32_t total = active * row_tiles; // times a block below 2^32: the plan sees to it
         int32_t begin = grid.divide(total * blockIdx.x),
                 end = grid.divide(total * (blockIdx.x + 1));
         int32_t rank = tiles_per_expert.divide(begin);
@@ -104,17 +104,31 @@ struct gate_up_decode {
         }
     }
 
+    // The bytes of the first stages, long before it is known what they are: a round of wait and expect takes one thread
+    // 0.15 us. Who has fewer stages never waits for the others. With a tail, whose bytes are others, not at all.
+    __device__ __forceinline__ int32_t announced() const { return tail ? 0 : args.ring_stages; }
+
+    __device__ __forceinline__ void announce() const
+    {
+#pragma unroll 1
+        for (int32_t stage = 0; stage < announced(); ++stage)
+            mbarrier_arrive_expect_tx(shared_address(&state.landed[stage]), MOE_DECODE_STAGE_BYTES);
+    }
+
     // One thread: all stages of all items. A stage is a unit for each warp; the tail is a stage with one unit.
     __device__ __forceinline__ void produce(items at) const
     {
         const int32_t row_step = args.stage.gated ? 8 : 16;
         ring_position to;
+        int32_t ready = announced();
         int32_t left = at.count * ((chunks + kMathWarps - 1) / kMathWarps + tail);
         if (left <= args.stages_left) grid_launch_dependents();
         auto stage = [&](uint32_t bytes, auto copy) {
             uint32_t bar = shared_address(&state.landed[to.stage]);
-            mbarrier_wait(shared_address(&state.read[to.stage]), to.parity ^ 1);
-            mbarrier_arrive_expect_tx(bar, bytes);
+            if (--ready < 0) {
+                mbarrier_wait(shared_address(&state.read[to.stage]), to.parity ^ 1);
+                mbarrier_arrive_expect_tx(bar, bytes);
+            }
             copy(shared_address(ring + to.stage * MOE_DECODE_STAGE_BYTES), bar);
             to.next(args.ring_stages);
             if (--left == args.stages_left) grid_launch_dependents();
@@ -155,9 +169,10 @@ struct gate_up_decode {
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
             if (kTiles > 1 && !(tiles >> tile & 1)) continue;
-            int32_t token = min(tile * 8 + lane / 4, last); // columns past the last are not stored
-            uint32_t from = shared_address(panel) + token * panel_pitch + k * 2 + lane % 4 * 32;
-            uint4 tokens[2] = {load_shared_16(from), load_shared_16(from + 16)};
+            // columns past the last are not stored
+            int32_t token = min(tile * 8 + lane % 8, last);
+            token_fragments tokens;
+            load_tokens(tokens, shared_address(panel) + token * panel_pitch + k * 2);
             multiply_unit<T>(acc[tile], weights, tokens);
         }
     }
@@ -304,10 +319,15 @@ struct gate_up_decode {
         start_ring(state, args.ring_stages, kMathWarps, &body, &rest);
         if (tail) clear_panel_tail();
         prefetch_slots(args.slots);
+        // One token's slots nearly always go to as many experts: then this block's share is known already.
+        items mine = share(args.slots.num_slots);
+        compute_now(mine.rank + mine.tile + mine.count);
         __syncthreads();
+        if (threadIdx.x == kMathThreads) announce();
         grid_dependency_wait();
         if (threadIdx.x == kFinders) load_panel();
-        items mine = share(find_experts<kTiles>(state, args.slots));
+        const int32_t active = find_experts<kTiles>(state, args.slots);
+        if (active != args.slots.num_slots) mine = share(active);
         if (threadIdx.x < kMathThreads)
             consume(mine);
         else if (threadIdx.x == kMathThreads)
@@ -323,6 +343,7 @@ struct gate_up_decode {
              const __grid_constant__ tensor_map body, const __grid_constant__ tensor_map rest)     \
     {                                                                                              \
         extern __shared__ __align__(1024) unsigned char dynamic_shared[];                          \
+        fetch_parameters(args);                                                                    \
         gate_up_decode<type, rows / 8>(args, body, rest, dynamic_shared).run();                    \
     }
 #define MOE_KERNEL_sm90a_down_add(...)

@@ -172,6 +172,13 @@ __device__ __forceinline__ void fetch_parameters(const Args &args)
     asm volatile("{ .reg .pred p; setp.eq.u64 p, %0, 0; @p nanosleep.u32 0; }" :: "l"(any));
 }
 
+// nanosleep.u32, "nanosleep": never, as no value is -1; but it is computed by now, not behind the next wait, where the
+// compiler would put it. Each thread for itself.
+__device__ __forceinline__ void compute_now(uint64_t value)
+{
+    asm volatile("{ .reg .pred p; setp.eq.u64 p, %0, -1; @p nanosleep.u32 0; }" :: "l"(value) : "memory");
+}
+
 // griddepcontrol.wait, "griddepcontrol": until the grids before this one are complete and their writes
 // visible. Every thread, before it reads what they wrote and before it writes anything. Without
 // programmatic dependent launch (and below sm_90) there is nothing to wait for.
@@ -182,8 +189,9 @@ __device__ __forceinline__ void grid_dependency_wait()
 #endif
 }
 
-// griddepcontrol.launch_dependents, "griddepcontrol": the next grid may start (it waits by itself). Every
-// kernel calls it after its own wait, so that a later grid may rely on all but its direct predecessor.
+// griddepcontrol.launch_dependents, "griddepcontrol": the next grid may start (it waits by itself). Every kernel inside of a
+// call calls it after its own wait, so that a later grid may rely on all but its direct predecessor. The last one (decode's
+// down) may do so before: the first grid of a call relies on none.
 __device__ __forceinline__ void grid_launch_dependents()
 {
 #if __CUDA_ARCH__ >= 900
