@@ -271,6 +271,34 @@ static double swap_us(const variant *v, const gemm_shape *s, const moe_device_in
     return fmax(compute_us, stream_us(v, s, bytes, d)) + 0.04 * items + 0.03 * (v->rows - 32);
 }
 
+/* Columns of tiles of TALL_ROWS rows. Measured: gate_up takes all of its columns at once where they fit, so that token rows
+ * come once; down takes the wider tile unless more of it is padding. */
+static int32_t tall_cols(const variant *v, const gemm_shape *s)
+{
+    const int64_t by_192 = ceil_div(s->weight_rows, 192) * 192,
+                  by_256 = ceil_div(s->weight_rows, 256) * 256;
+    if (v->stage == STAGE_down) return by_256 <= by_192 + by_192 / 32 ? 256 : 192;
+    if (s->weight_rows % 224 == 0) return 224;
+    return by_192 > 192 && by_256 == 256 ? 256 : 192;
+}
+
+/* What three math warpgroups are for: most experts have one such tile, many would have two of 128 rows, and there are some
+ * for every SM, or at most one where those of 128 rows are more. */
+static bool suits_tall(const variant *v, const gemm_shape *s, const moe_device_info *d)
+{
+    const double tall = expected_tiles(s, TALL_ROWS), low = expected_tiles(s, 128);
+    const double cols = (double)ceil_div(s->weight_rows, v->cols);
+    const bool one_wave = tall * cols <= d->num_sms && low * cols > d->num_sms;
+    return tall <= 1.1 * s->experts && low >= 1.25 * s->experts &&
+           (one_wave || tall * cols >= 1.5 * d->num_sms);
+}
+
+/* Elsewhere they have to be expected to be a good deal faster. 224 columns were measured to be slower there. */
+static bool wants_tall(const variant *v, const gemm_shape *s, const moe_device_info *d)
+{
+    return v->cols == tall_cols(v, s) && (v->cols != 224 || suits_tall(v, s, d));
+}
+
 /* What the kernels are compared by; fitted to measurements of one kind beside the other, docs/notes/plan.md. */
 static double gemm_us(const variant *v, const gemm_shape *s, const moe_device_info *d)
 {
@@ -279,7 +307,8 @@ static double gemm_us(const variant *v, const gemm_shape *s, const moe_device_in
     const double padded = (double)(ceil_div(s->weight_rows, v->cols) * v->cols);
     const double us =
         persistent_us(v, s, d) * 0.867 * (1.0 + 0.48 * (padded / (double)s->weight_rows - 1.0));
-    return fmax(us, stream_us(v, s, weight_bytes(s), d) + 0.03 * (v->rows - 32));
+    const double unsuited = v->rows == TALL_ROWS && !suits_tall(v, s, d) ? 1.18 : 1.0;
+    return unsuited * fmax(us, stream_us(v, s, weight_bytes(s), d) + 0.03 * (v->rows - 32));
 }
 
 static bool usable(const variant *v, int32_t stage, const moe_problem *p, const moe_device_info *d)
@@ -305,30 +334,6 @@ static int32_t most_swap_rows(const moe_problem *p, const moe_device_info *d)
     const int64_t rows = (p->gated ? 2 : 1) * (int64_t)p->intermediate_size;
     const int64_t tiles = p->num_experts * ceil_div(rows, 256);
     return tiles < d->num_sms ? 72 : 48;
-}
-
-/* Columns of tiles of TALL_ROWS rows. Measured: gate_up takes all of its columns at once where they fit, so that token rows
- * come once; down takes the wider tile unless more of it is padding. */
-static int32_t tall_cols(const variant *v, const gemm_shape *s)
-{
-    const int64_t by_192 = ceil_div(s->weight_rows, 192) * 192,
-                  by_256 = ceil_div(s->weight_rows, 256) * 256;
-    if (v->stage == STAGE_down) return by_256 <= by_192 + by_192 / 32 ? 256 : 192;
-    if (s->weight_rows % 224 == 0) return 224;
-    return by_192 > 192 && by_256 == 256 ? 256 : 192;
-}
-
-/* Where they are for: most experts have one of them, many would have two of 128 rows, and there are some for every SM, or
- * at most one where those of 128 rows are more. Elsewhere they were measured to be slower
- * (docs/notes/hopper_kernels.md). */
-static bool wants_tall(const variant *v, const gemm_shape *s, const moe_device_info *d)
-{
-    if (v->cols != tall_cols(v, s)) return false;
-    const double tall = expected_tiles(s, TALL_ROWS), low = expected_tiles(s, 128);
-    const double cols = (double)ceil_div(s->weight_rows, v->cols);
-    const bool one_wave = tall * cols <= d->num_sms && low * cols > d->num_sms;
-    return tall <= 1.1 * s->experts && low >= 1.25 * s->experts &&
-           (one_wave || tall * cols >= 1.5 * d->num_sms);
 }
 
 static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem *p,

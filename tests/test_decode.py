@@ -90,7 +90,7 @@ def test_small_rows_of_w2_put_both_kernels_on_an_sm(num_tokens):
 @pytest.mark.parametrize("routing", ["same", "half", "dropped", "none", "duplicates"])
 @pytest.mark.parametrize("num_tokens, topk", [(1, 4), (6, 4), (8, 5), (8, 17), (15, 4)])
 def test_routings(backend, seed, num_tokens, topk, routing, ids_dtype):
-    """Up to 32 slots a warp finds the experts by comparison, up to 128 by a table; above, all do."""
+    """Up to 32 slots a warp finds the experts by comparison, up to 64 by a table; above, all do."""
     layer = make_layer(
         seed, num_tokens, 136, 72, topk, topk, routing=routing, ids_dtype=ids_dtype,
         w13_bias=F32, w2_bias=BF16, shared_output=True, routed_scaling_factor=2.5,

@@ -195,22 +195,32 @@ def test_plans_of_given_rows():
     assert plan(40, 264, 136, 3, 2) == plan(40, 264, 136, 3, 2)
 
 
+def time_of(kernels, us):
+    """Of one kernel, or of two. Two that were not timed together: what they cost beside others."""
+    if kernels in us or len(kernels) == 1:
+        return us.get(kernels)
+    up, down = kernels
+    pairs = [pair for pair in us if len(pair) == 2]
+    others = [
+        us[up, d] + us[u, down] - us[u, d] for u, d in pairs if {(up, d), (u, down)} <= us.keys()
+    ]
+    return min(others, default=None)
+
+
 def test_choices_against_what_was_measured():
-    """200 random layers and the models at 16 to 1024 tokens, with all choices timed side by side on
-    an H200, each stage in a launch of its own: the plan's is rarely far from the best."""
+    """200 random layers and the models' 105 points, with all choices timed side by side on an
+    H200: the plan's is rarely far from the best."""
     points = json.loads(CHOICES.read_text(encoding="utf-8"))["points"]
     regrets = []
-    _C._restrict_plans(False, 0, True)
-    try:
-        plans = [plan(num_tokens, *sizes) for *sizes, num_tokens, _ in points]
-    finally:
-        _C._restrict_plans(False, 0)
-    for p, (*_, us) in zip(plans, points, strict=True):
-        names = (p[s]["name"].removeprefix(f"moe_{s}_bf16_") for s in ("gate_up", "down"))
-        text = ", ".join(names)
-        if text in us:  # else not both of them were tried together
-            regrets.append(us[text] / min(us.values()))
-    assert len(regrets) >= 0.8 * len(points)
+    for *sizes, num_tokens, us in points:
+        us = {tuple(names.split(", ")): time for names, time in us.items()}
+        p = plan(num_tokens, *sizes)
+        names = [p[s]["name"].split("_bf16_")[1] for s in ("gate_up", "down")]
+        together = p["gate_up"]["name"].startswith("moe_experts")
+        time = time_of(tuple(names[:1] if together else names), us)
+        if time is not None:
+            regrets.append(time / min(us.values()))
+    assert len(regrets) >= 0.9 * len(points)
     assert np.exp(np.log(regrets).mean()) <= 1.03
     assert (np.array(regrets) <= 1.10).mean() >= 0.98
 
