@@ -76,16 +76,4 @@ static __device__ __forceinline__ void down(const moe_down_args &args)
     {                                                                                              \
         down<gemm_mma<type, rows, cols, k, stages, wm, wn, wk, align == 16>>(args);                \
     }
-#define MOE_KERNEL_sm80_gate_up(...)
-#define MOE_KERNEL_sm90a_down_add(...)
-#define MOE_KERNEL_sm90a_gate_up(...)
-#define MOE_KERNEL_sm90a_down(...)
-#define MOE_KERNEL_sm90a_decode_gate_up(...)
-#define MOE_KERNEL_sm90a_decode_down(...)
-#define MOE_KERNEL_sm90a_swap_gate_up(...)
-#define MOE_KERNEL_sm90a_swap_down(...)
-#define MOE_KERNEL_sm90a_swap_experts(...)
-#define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
-                         stages, wm, wn, wk, cluster, align)                                       \
-    MOE_KERNEL_##arch##_##stage(name, act, rows, cols, k, stages, wm, wn, wk, align)
-#include "gemm_variants.def"
+#include "gemm_instances.cuh"

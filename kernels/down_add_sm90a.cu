@@ -39,7 +39,7 @@ extern "C" __global__ void __maxnreg__(32) moe_down_fill(const __grid_constant__
     if (blockIdx.x == 0 && !args.wait) grid_dependency_wait();
 }
 
-#define MOE_KERNEL_sm90a_down_add(name, type, rows, cols, k, stages, wm, wn, wk)                   \
+#define MOE_KERNEL_sm90a_down_add(name, type, rows, cols, k, stages, wm, wn, wk, align)            \
     extern "C" __global__ void __launch_bounds__(                                                  \
         MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_sm90a, 1)                           \
         name(const __grid_constant__ moe_down_add_args args,                                       \
@@ -52,16 +52,4 @@ extern "C" __global__ void __maxnreg__(32) moe_down_fill(const __grid_constant__
                 args.stage, &weights, &tokens, args.stage.hidden_size,                             \
                 args.stage.intermediate_size, args.band_tiles, args.scale});                       \
     }
-#define MOE_KERNEL_sm90a_gate_up(...)
-#define MOE_KERNEL_sm90a_down(...)
-#define MOE_KERNEL_sm80_gate_up(...)
-#define MOE_KERNEL_sm80_down(...)
-#define MOE_KERNEL_sm90a_decode_gate_up(...)
-#define MOE_KERNEL_sm90a_decode_down(...)
-#define MOE_KERNEL_sm90a_swap_gate_up(...)
-#define MOE_KERNEL_sm90a_swap_down(...)
-#define MOE_KERNEL_sm90a_swap_experts(...)
-#define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
-                         stages, wm, wn, wk, cluster, align)                                       \
-    MOE_KERNEL_##arch##_##stage(name, act, rows, cols, k, stages, wm, wn, wk)
-#include "gemm_variants.def"
+#include "gemm_instances.cuh"

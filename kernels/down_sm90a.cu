@@ -7,7 +7,7 @@
  * Cost   as gate_up_sm90a.cu, and num_rows * hidden_size * 2 bytes written */
 #include "down_wgmma.cuh"
 
-#define MOE_KERNEL_sm90a_down(name, type, rows, cols, k, stages, wm, wn, wk)                       \
+#define MOE_KERNEL_sm90a_down(name, type, rows, cols, k, stages, wm, wn, wk, align)                \
     extern "C" __global__ void __launch_bounds__(                                                  \
         MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_sm90a, 1)                           \
         name(const __grid_constant__ moe_down_args args,                                           \
@@ -19,16 +19,4 @@
             down_problem<type, moe_down_args>{args, &weights, &tokens, args.hidden_size,           \
                                               args.intermediate_size, 0, 1.0f});                   \
     }
-#define MOE_KERNEL_sm90a_gate_up(...)
-#define MOE_KERNEL_sm90a_down_add(...)
-#define MOE_KERNEL_sm80_gate_up(...)
-#define MOE_KERNEL_sm80_down(...)
-#define MOE_KERNEL_sm90a_decode_gate_up(...)
-#define MOE_KERNEL_sm90a_decode_down(...)
-#define MOE_KERNEL_sm90a_swap_gate_up(...)
-#define MOE_KERNEL_sm90a_swap_down(...)
-#define MOE_KERNEL_sm90a_swap_experts(...)
-#define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
-                         stages, wm, wn, wk, cluster, align)                                       \
-    MOE_KERNEL_##arch##_##stage(name, act, rows, cols, k, stages, wm, wn, wk)
-#include "gemm_variants.def"
+#include "gemm_instances.cuh"

@@ -9,7 +9,7 @@
 #include "down_swap.cuh"
 #include "gate_up_swap.cuh"
 
-#define MOE_KERNEL_sm90a_swap_experts(name, type, rows, cols, k, stages, wm, wn, wk)               \
+#define MOE_KERNEL_sm90a_swap_experts(name, type, rows, cols, k, stages, wm, wn, wk, align)        \
     extern "C" __global__ void __launch_bounds__(                                                  \
         MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_sm90a_swap, 1)                      \
         name(const __grid_constant__ moe_experts_args args,                                        \
@@ -22,16 +22,4 @@
             down_problem<type>{args.down, &w2, args.down.hidden_size,                              \
                                args.down.intermediate_size});                                      \
     }
-#define MOE_KERNEL_sm90a_down_add(...)
-#define MOE_KERNEL_sm90a_swap_gate_up(...)
-#define MOE_KERNEL_sm90a_swap_down(...)
-#define MOE_KERNEL_sm90a_gate_up(...)
-#define MOE_KERNEL_sm90a_down(...)
-#define MOE_KERNEL_sm80_gate_up(...)
-#define MOE_KERNEL_sm80_down(...)
-#define MOE_KERNEL_sm90a_decode_gate_up(...)
-#define MOE_KERNEL_sm90a_decode_down(...)
-#define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
-                         stages, wm, wn, wk, cluster, align)                                       \
-    MOE_KERNEL_##arch##_##stage(name, act, rows, cols, k, stages, wm, wn, wk)
-#include "gemm_variants.def"
+#include "gemm_instances.cuh"

@@ -84,16 +84,4 @@ static __device__ __forceinline__ void gate_up(const moe_gate_up_args &args)
     {                                                                                              \
         gate_up<gemm_mma<type, rows, cols, k, stages, wm, wn, wk, align == 16>>(args);             \
     }
-#define MOE_KERNEL_sm80_down(...)
-#define MOE_KERNEL_sm90a_down_add(...)
-#define MOE_KERNEL_sm90a_gate_up(...)
-#define MOE_KERNEL_sm90a_down(...)
-#define MOE_KERNEL_sm90a_decode_gate_up(...)
-#define MOE_KERNEL_sm90a_decode_down(...)
-#define MOE_KERNEL_sm90a_swap_gate_up(...)
-#define MOE_KERNEL_sm90a_swap_down(...)
-#define MOE_KERNEL_sm90a_swap_experts(...)
-#define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
-                         stages, wm, wn, wk, cluster, align)                                       \
-    MOE_KERNEL_##arch##_##stage(name, act, rows, cols, k, stages, wm, wn, wk, align)
-#include "gemm_variants.def"
+#include "gemm_instances.cuh"

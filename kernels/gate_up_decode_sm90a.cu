@@ -337,7 +337,7 @@ struct gate_up_decode {
     }
 };
 
-#define MOE_KERNEL_sm90a_decode_gate_up(name, type, rows, cols, k, stages, wm, wn, wk)             \
+#define MOE_KERNEL_sm90a_decode_gate_up(name, type, rows, cols, k, stages, wm, wn, wk, align)      \
     extern "C" __global__ void __launch_bounds__(kThreads, rows > 8 ? 1 : 2)                       \
         name(const __grid_constant__ moe_gate_up_decode_args args,                                 \
              const __grid_constant__ tensor_map body, const __grid_constant__ tensor_map rest)     \
@@ -346,16 +346,4 @@ struct gate_up_decode {
         fetch_parameters(args);                                                                    \
         gate_up_decode<type, rows / 8>(args, body, rest, dynamic_shared).run();                    \
     }
-#define MOE_KERNEL_sm90a_down_add(...)
-#define MOE_KERNEL_sm90a_decode_down(...)
-#define MOE_KERNEL_sm90a_gate_up(...)
-#define MOE_KERNEL_sm90a_down(...)
-#define MOE_KERNEL_sm80_gate_up(...)
-#define MOE_KERNEL_sm80_down(...)
-#define MOE_KERNEL_sm90a_swap_gate_up(...)
-#define MOE_KERNEL_sm90a_swap_down(...)
-#define MOE_KERNEL_sm90a_swap_experts(...)
-#define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
-                         stages, wm, wn, wk, cluster, align)                                       \
-    MOE_KERNEL_##arch##_##stage(name, act, rows, cols, k, stages, wm, wn, wk)
-#include "gemm_variants.def"
+#include "gemm_instances.cuh"

@@ -124,7 +124,7 @@ struct gate_up_problem {
     }
 };
 
-#define MOE_KERNEL_sm90a_gate_up(name, type, rows, cols, k, stages, wm, wn, wk)                    \
+#define MOE_KERNEL_sm90a_gate_up(name, type, rows, cols, k, stages, wm, wn, wk, align)             \
     extern "C" __global__ void __launch_bounds__(                                                  \
         MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_sm90a, 1)                           \
         name(const __grid_constant__ moe_gate_up_args args,                                        \
@@ -134,16 +134,4 @@ struct gate_up_problem {
         run_gemm<gemm_wgmma<type, true, rows, cols, k, stages>>(                                   \
             gate_up_problem<type>{args, &weights, gate_up_cols(args), args.hidden_size});          \
     }
-#define MOE_KERNEL_sm90a_down_add(...)
-#define MOE_KERNEL_sm90a_down(...)
-#define MOE_KERNEL_sm80_gate_up(...)
-#define MOE_KERNEL_sm80_down(...)
-#define MOE_KERNEL_sm90a_decode_gate_up(...)
-#define MOE_KERNEL_sm90a_decode_down(...)
-#define MOE_KERNEL_sm90a_swap_gate_up(...)
-#define MOE_KERNEL_sm90a_swap_down(...)
-#define MOE_KERNEL_sm90a_swap_experts(...)
-#define MOE_GEMM_VARIANT(name, arch, stage, act, weight, scale, orient, layout, rows, cols, k,     \
-                         stages, wm, wn, wk, cluster, align)                                       \
-    MOE_KERNEL_##arch##_##stage(name, act, rows, cols, k, stages, wm, wn, wk)
-#include "gemm_variants.def"
+#include "gemm_instances.cuh"
