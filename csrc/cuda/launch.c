@@ -406,6 +406,17 @@ int moe_cuda_gate_up_decode(const moe_plan *plan, const moe_gate_up_decode_args 
                          err);
 }
 
+/* w2 for the kernels whose results leave from registers: [experts, 4, hidden_size / 4, I]. A box is every fourth row of four
+ * times as many, then the rows one further, and so on: down_wgmma.cuh has use for that order. */
+static moe_tensor_key w2_fourths_key(const moe_down_args *a, int32_t box_rows)
+{
+    moe_tensor_key key =
+        tensor_key(a->w2, a->dtype, box_rows / 4, a->intermediate_size, a->hidden_size / 4, 4,
+                   a->num_experts, 4 * a->w2_row_stride, a->w2_row_stride, a->w2_expert_stride);
+    key.box_halves = 4;
+    return key;
+}
+
 /* args: moe_down_args or what begins with them. */
 static int launch_down(const moe_plan *plan, const moe_down_args *a, void *args, int device,
                        void *stream, moe_error *err)
@@ -413,7 +424,8 @@ static int launch_down(const moe_plan *plan, const moe_down_args *a, void *args,
     geometry g = gemm_geometry(&plan->down, plan->max_tiles);
     /* down reads the work list before it waits, which only gate_up in front of it makes safe */
     g.dependent = plan->problem.operation != MOE_OP_DOWN;
-    moe_tensor_key keys[2] = {w2_key(a, plan->down.weight_box),
+    const int32_t box = plan->down.weight_box;
+    moe_tensor_key keys[2] = {plan->down.token_box > 0 ? w2_fourths_key(a, box) : w2_key(a, box),
                               tensor_key(a->intermediate, a->dtype, plan->down.token_box,
                                          a->intermediate_size, a->num_slots, 1, 1,
                                          a->intermediate_stride, 0, 0)};
