@@ -8,6 +8,9 @@
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
+#ifdef MOE_SPLIT_TRIAL
+#include <stdlib.h>
+#endif
 #include <string.h>
 
 /* The columns of gemm_variants.def that choosing needs. */
@@ -18,7 +21,13 @@ typedef struct variant {
         fetch_bytes;
 } variant;
 
-enum { ARCH_sm80 = 80, ARCH_sm90a = 90, ARCH_sm90a_decode = 91, ARCH_sm90a_swap = 92 };
+enum {
+    ARCH_sm80 = 80,
+    ARCH_sm90a = 90,
+    ARCH_sm90a_decode = 91,
+    ARCH_sm90a_swap = 92,
+    ARCH_sm90a_split = 93
+};
 enum {
     STAGE_gate_up = MOE_OP_GATE_UP,
     STAGE_down = MOE_OP_DOWN,
@@ -299,11 +308,55 @@ static bool wants_tall(const variant *v, const gemm_shape *s, const moe_device_i
     return v->cols == tall_cols(v, s) && (v->cols != 224 || suits_tall(v, s, d));
 }
 
+/* Blocks of a cluster that split K between them, for a variant of sm90a_split, and the time: the waves of clusters, of which
+ * an SM's neighbours, sixteen at least, hold so many; steps of K as for sm90a, or what L2 gives all of them; then the sums of
+ * a tile once through the network between SMs. */
+static int32_t split_blocks(const variant *v, const gemm_shape *s, const moe_device_info *d,
+                            double *us)
+{
+    const double start_us = 3.0, tile_us = 1.5, sums_us = 1.0, mma_share = 0.84,
+                 l2_bytes_per_us = 6.5e6, l2_bytes_per_us_sm = 7e4, network_bytes_per_us_sm = 2.5e4;
+    const double tiles = expected_tiles(s, v->rows),
+                 items = tiles * (double)ceil_div(s->weight_rows, v->cols),
+                 height = 64.0 * fmin(v->rows / 64.0, expected_tiles(s, 64) / tiles),
+                 groups = height / 64.0,
+                 port = fmax(1.0, (groups * (v->cols + 128.0) + v->cols) / (2.0 * groups * v->cols)),
+                 math_us = port * 2.0 * height * v->cols * v->k /
+                           (d->flops_per_us / d->num_sms * mma_share),
+                 step_bytes = (height + v->cols) * v->k * (double)s->element_bytes;
+    const int64_t steps = ceil_div(s->depth, v->k);
+    int32_t best = 0;
+    for (int32_t blocks = 1; blocks <= min64(steps, MOE_SPLIT_BLOCKS); ++blocks) {
+        const double clusters = fmax(1.0, (double)(d->num_sms / 16 * (16 / blocks))),
+                     active = fmin(items, clusters) * blocks,
+                     l2_rate = fmin(l2_bytes_per_us_sm, l2_bytes_per_us / active);
+        const double part_us =
+            (double)ceil_div(steps, blocks) * fmax(math_us, step_bytes / l2_rate) + tile_us;
+        const double sent = 4.0 * height * v->cols * (blocks - 1) / blocks;
+        const double of = start_us + ceil(items / clusters) *
+                                         (part_us + (blocks > 1) * sums_us +
+                                          sent / network_bytes_per_us_sm);
+        if (best && of >= *us) continue;
+        best = blocks;
+        *us = of;
+    }
+#ifdef MOE_SPLIT_TRIAL
+    const char *text = getenv(v->stage == STAGE_down ? "SPLIT_DOWN" : "SPLIT_UP");
+    if (text && atoi(text)) best = (int32_t)min64(steps, atoi(text));
+#endif
+    return best;
+}
+
 /* What the kernels are compared by; fitted to measurements of one kind beside the other, docs/notes/plan.md. */
 static double gemm_us(const variant *v, const gemm_shape *s, const moe_device_info *d)
 {
     if (v->arch == ARCH_sm90a_swap) return swap_us(v, s, d);
     if (v->arch == ARCH_sm80) return variant_us(v, s, d);
+    if (v->arch == ARCH_sm90a_split) {
+        double us = INFINITY;
+        split_blocks(v, s, d, &us);
+        return fmax(us, stream_us(v, s, weight_bytes(s), d));
+    }
     const double padded = (double)(ceil_div(s->weight_rows, v->cols) * v->cols);
     const double us =
         persistent_us(v, s, d) * 0.867 * (1.0 + 0.48 * (padded / (double)s->weight_rows - 1.0));
@@ -345,8 +398,13 @@ static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem 
             !usable(&VARIANTS[i], stage, p, d) || !allowed(i, stage, p, d))
             continue;
         if (d->tile_rows == 0 && d->gate_up_row <= 0 && d->down_row <= 0 &&
-            tile_rows == TALL_ROWS && !wants_tall(&VARIANTS[i], s, d))
+            tile_rows == TALL_ROWS && VARIANTS[i].arch != ARCH_sm90a_split &&
+            !wants_tall(&VARIANTS[i], s, d))
             continue;
+#ifdef MOE_SPLIT_TRIAL
+        if (getenv("SPLIT_OFF") && atoi(getenv("SPLIT_OFF")) && VARIANTS[i].arch == ARCH_sm90a_split)
+            continue;
+#endif
         const double cost = gemm_us(&VARIANTS[i], s, d);
         if (best < 0 || cost < *us) {
             best = i;
@@ -367,7 +425,9 @@ static void fill_gemm(moe_gemm_plan *g, int32_t row, const gemm_shape *s, const 
     g->grid_cols = (int32_t)ceil_div(s->weight_rows, v->cols);
     g->threads = v->threads;
     g->smem_bytes = v->smem_bytes;
-    g->max_blocks = v->arch == ARCH_sm80 ? 0 : d->num_sms;
+    g->max_blocks = v->arch == ARCH_sm80 || v->arch == ARCH_sm90a_split ? 0 : d->num_sms;
+    double split_us = 0;
+    g->cluster_blocks = v->arch == ARCH_sm90a_split ? split_blocks(v, s, d, &split_us) : 0;
     g->weight_box = v->weight_box;
     g->token_box = v->token_box;
     /* Two pieces of a row in one stage need it nowhere. Else 256 bytes gained 2 to 5 % on an H100, and lost as much in

@@ -227,7 +227,7 @@ struct gemm_wgmma {
     {
         int32_t thread = threadIdx.x - kMathThreads;
         if constexpr (!kGather) {
-            for (int32_t k = 0; k < problem.k_size; k += kTileK, at.next()) {
+            for (int32_t k = problem.k_begin; k < problem.k_size; k += kTileK, at.next()) {
                 mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
                 copy_boxes(smem, at.stage, work, k, problem);
             }
@@ -244,11 +244,12 @@ struct gemm_wgmma {
                 int32_t of =
                     __shfl_sync(0xffffffffu, slot[pass / kChunks], pass % kChunks, kChunks);
                 token[pass] = reinterpret_cast<const unsigned char *>(
-                    problem.tokens() + max(of, 0) * problem.token_stride() + chunk);
+                    problem.tokens() + max(of, 0) * problem.token_stride() + problem.k_begin +
+                    chunk);
                 if (of >= 0) token_valid |= 1u << pass;
             }
             load_slots(slot, next, problem);
-            for (int32_t k = 0; k < problem.k_size; k += kTileK, at.next()) {
+            for (int32_t k = problem.k_begin; k < problem.k_size; k += kTileK, at.next()) {
                 mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
                 if (thread == 0) copy_boxes(smem, at.stage, work, k, problem);
                 uint32_t to = shared_address(smem.token[at.stage]) + offset;
@@ -769,7 +770,7 @@ struct gemm_wgmma {
     // All tiles of this block. Problem: weights, tokens: the maps; box(col, part, rows) -> coordinates of half the
     // weights of a tile; tokens(), token_stride(): of gathered rows;
     // write(results, sums, weight of this thread's two rows); args, num_cols, k_size; band_tiles: of the
-    // list; kTaken: which number behind num_tiles counts the items taken.
+    // list; kTaken: which number behind num_tiles counts the items taken; k_begin: 0.
     template <class Problem>
     static __device__ __forceinline__ void run(shared &smem, const Problem &problem)
     {
