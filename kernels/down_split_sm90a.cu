@@ -44,7 +44,7 @@ struct down_part : down_problem<T, moe_down_args> {
 
 #define MOE_KERNEL_sm90a_split_down(name, type, rows, cols, k, stages, wm, wn, wk, align)          \
     extern "C" __global__ void __launch_bounds__(                                                  \
-        MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_sm90a, 1)                           \
+        MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_sm90a_split, 1)                     \
         name(const __grid_constant__ moe_down_args args,                                           \
              const __grid_constant__ tensor_map weights,                                           \
              const __grid_constant__ tensor_map tokens)                                            \

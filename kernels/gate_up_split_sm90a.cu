@@ -42,7 +42,7 @@ struct gate_up_part : gate_up_operands<T> {
 
 #define MOE_KERNEL_sm90a_split_gate_up(name, type, rows, cols, k, stages, wm, wn, wk, align)       \
     extern "C" __global__ void __launch_bounds__(                                                  \
-        MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_sm90a, 1)                           \
+        MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_sm90a_split, 1)                     \
         name(const __grid_constant__ moe_gate_up_args args,                                        \
              const __grid_constant__ tensor_map weights)                                           \
     {                                                                                              \
