@@ -87,6 +87,57 @@ struct gemm_split : gemm_wgmma<Type, kGather, kRows, kCols, kTileK, kStages> {
         __syncthreads();
     }
 
+    // One thread: a stage's weights, and tokens where they are not gathered.
+    template <class Problem>
+    static __device__ __forceinline__ void copy_weights(shared &smem, uint32_t stage,
+                                                        const work &work, int32_t k,
+                                                        const Problem &problem)
+    {
+        const uint32_t landed = shared_address(&smem.landed[stage]),
+                       to = shared_address(smem.weight[stage]);
+        mbarrier_arrive_expect_tx(landed, loop::kWeightBytes +
+                                              (kGather ? 0 : loop::groups_of(work) * loop::kGroupBytes));
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+            const int2 at = problem.box(work.col_begin, part, loop::kBoxRows);
+            tensor_copy_4d(to + part * (loop::kWeightBytes / 2), problem.weights, k, at.x, at.y,
+                           work.expert, landed);
+        }
+    }
+
+    template <class Problem>
+    static __device__ __forceinline__ void copy_tokens(shared &smem, uint32_t stage,
+                                                       const work &work, int32_t k,
+                                                       const Problem &problem)
+    {
+#pragma unroll
+        for (int group = 0; group < loop::kGroups; ++group)
+            if (group < loop::groups_of(work))
+                tensor_copy_4d(shared_address(smem.token[stage]) + group * loop::kGroupBytes,
+                               problem.tokens, k, work.row_begin + group * 64, 0, 0,
+                               shared_address(&smem.landed[stage]));
+    }
+
+    // One thread, tokens not gathered: what the grid in front did not write comes before it ends.
+    template <class Problem>
+    static __device__ __forceinline__ void feed(shared &smem, const work &work,
+                                                const Problem &problem)
+    {
+        const int32_t ahead = min(problem.k_size, problem.k_begin + kStages * kTileK);
+        position at;
+        for (int32_t k = problem.k_begin; k < ahead; k += kTileK, at.next())
+            copy_weights(smem, at.stage, work, k, problem);
+        grid_dependency_wait();
+        at = position{};
+        for (int32_t k = problem.k_begin; k < ahead; k += kTileK, at.next())
+            copy_tokens(smem, at.stage, work, k, problem);
+        for (int32_t k = ahead; k < problem.k_size; k += kTileK, at.next()) {
+            mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
+            copy_weights(smem, at.stage, work, k, problem);
+            copy_tokens(smem, at.stage, work, k, problem);
+        }
+    }
+
     // The part's token rows: thread t brings chunk t % 8 of rows t / 8 + pass * kPassRows.
     template <class Problem>
     static __device__ __forceinline__ void gather(shared &smem, const work &work,
@@ -109,7 +160,7 @@ struct gemm_split : gemm_wgmma<Type, kGather, kRows, kCols, kTileK, kStages> {
         position at;
         for (int32_t k = problem.k_begin; k < problem.k_size; k += kTileK, at.next()) {
             mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
-            if (thread == 0) loop::copy_boxes(smem, at.stage, work, k, problem);
+            if (thread == 0) copy_weights(smem, at.stage, work, k, problem);
             const uint32_t to = shared_address(smem.token[at.stage]) + offset;
             const bool inside = k + chunk < problem.k_size;
 #pragma unroll
@@ -132,11 +183,15 @@ struct gemm_split : gemm_wgmma<Type, kGather, kRows, kCols, kTileK, kStages> {
         const uint32_t block = cluster_block(), blocks = cluster_blocks();
         start(smem);
         cluster_arrive(); // all blocks run: their shared memory may be written
-        grid_dependency_wait();
-        grid_launch_dependents();
+        // down's list is not of the grid in front
+        if constexpr (kGather) grid_dependency_wait();
         const typename loop::list list(args, whole.num_cols, 0);
         const work work = list.find(blockIdx.x / blocks);
         cluster_wait();
+        if (kGather || work.num_rows < 0 || threadIdx.x / 32 != loop::kMathThreads / 32) {
+            grid_dependency_wait();
+            grid_launch_dependents();
+        }
         if (work.num_rows < 0) return;
 
         const uint32_t steps = (whole.k_size + kTileK - 1) / kTileK,
@@ -150,10 +205,8 @@ struct gemm_split : gemm_wgmma<Type, kGather, kRows, kCols, kTileK, kStages> {
             if constexpr (kGather) {
                 gather(smem, work, problem);
             } else if (threadIdx.x == loop::kMathThreads) {
-                for (int32_t k = problem.k_begin; k < problem.k_size; k += kTileK, at.next()) {
-                    mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
-                    loop::copy_boxes(smem, at.stage, work, k, problem);
-                }
+                feed(smem, work, problem);
+                grid_launch_dependents();
             }
             return;
         }
