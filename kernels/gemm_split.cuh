@@ -26,13 +26,6 @@ struct gemm_split : gemm_wgmma<Type, kGather, kRows, kCols, kTileK, kStages> {
     using position = typename loop::position;
     static constexpr int kUnits = kCols / 16; // each 8 columns of either half of the tile
     static constexpr uint32_t kPieceBytes = loop::kMathThreads * 16; // four sums of every thread
-    // Behind the math warpgroups two that copy, not one: a warp's copies follow each other slowly, and these tiles are narrow.
-    static constexpr int kCopyThreads = 32 * MOE_GEMM_PRODUCERS_sm90a_split,
-                         kThreads = loop::kMathThreads + kCopyThreads,
-                         kPassRows = kCopyThreads / 8, kPasses = kRows / kPassRows;
-    static constexpr int kMathRegisters = 176, kCopyRegisters = 80;
-    static_assert(loop::kMathThreads * kMathRegisters + kCopyThreads * kCopyRegisters <=
-                  65536 / kThreads / 8 * 8 * kThreads);
     static_assert(!loop::kFewRegisters && !loop::kOutInRing, "one tile, all in registers");
     // The blocks' pieces of the units of one of them.
     static constexpr bool fits(int blocks)
@@ -71,23 +64,7 @@ struct gemm_split : gemm_wgmma<Type, kGather, kRows, kCols, kTileK, kStages> {
         }
     }
 
-    static __device__ __forceinline__ void start(shared &smem)
-    {
-        if (threadIdx.x == 0) {
-#pragma unroll
-            for (int stage = 0; stage < kStages; ++stage) {
-                mbarrier_init(shared_address(&smem.landed[stage]), kGather ? kCopyThreads + 1 : 1);
-                mbarrier_init(shared_address(&smem.read[stage]), loop::kMathThreads / 32);
-            }
-#pragma unroll
-            for (uint64_t &turn : smem.turn)
-                mbarrier_init(shared_address(&turn), 4);
-            fence_proxy_async();
-        }
-        __syncthreads();
-    }
-
-    // One thread: a stage's weights, and tokens where they are not gathered.
+    // Half of copy_boxes each: the weights and the bytes to expect; the tokens, where they are not gathered.
     template <class Problem>
     static __device__ __forceinline__ void copy_weights(shared &smem, uint32_t stage,
                                                         const work &work, int32_t k,
@@ -96,7 +73,7 @@ struct gemm_split : gemm_wgmma<Type, kGather, kRows, kCols, kTileK, kStages> {
         const uint32_t landed = shared_address(&smem.landed[stage]),
                        to = shared_address(smem.weight[stage]);
         mbarrier_arrive_expect_tx(landed, loop::kWeightBytes +
-                                              (kGather ? 0 : loop::groups_of(work) * loop::kGroupBytes));
+                                              loop::groups_of(work) * loop::kGroupBytes);
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
             const int2 at = problem.box(work.col_begin, part, loop::kBoxRows);
@@ -138,42 +115,6 @@ struct gemm_split : gemm_wgmma<Type, kGather, kRows, kCols, kTileK, kStages> {
         }
     }
 
-    // The part's token rows: thread t brings chunk t % 8 of rows t / 8 + pass * kPassRows.
-    template <class Problem>
-    static __device__ __forceinline__ void gather(shared &smem, const work &work,
-                                                  const Problem &problem)
-    {
-        const int32_t thread = threadIdx.x - loop::kMathThreads, row = thread / 8, chunk = thread % 8 * 8;
-        const uint32_t offset = row * (kTileK * 2) + ((thread % 8 ^ (row & 7)) << 4);
-        const unsigned char *token[kPasses];
-        uint32_t there = 0;
-#pragma unroll
-        for (int pass = 0; pass < kPasses; ++pass) {
-            const int32_t at = row + pass * kPassRows;
-            const int32_t slot =
-                at < work.num_rows ? problem.args.sorted_token_ids[work.row_begin + at] : -1;
-            const int32_t of = token_of(slot, problem.args);
-            if (of >= 0) there |= 1u << pass;
-            token[pass] = reinterpret_cast<const unsigned char *>(
-                problem.tokens() + max(of, 0) * problem.token_stride() + problem.k_begin + chunk);
-        }
-        position at;
-        for (int32_t k = problem.k_begin; k < problem.k_size; k += kTileK, at.next()) {
-            mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
-            if (thread == 0) copy_weights(smem, at.stage, work, k, problem);
-            const uint32_t to = shared_address(smem.token[at.stage]) + offset;
-            const bool inside = k + chunk < problem.k_size;
-#pragma unroll
-            for (int pass = 0; pass < kPasses; ++pass) {
-                if (pass * kPassRows >= (work.num_rows + 63) / 64 * 64) break;
-                loop::copy_piece(to + pass * (kPassRows * kTileK * 2), token[pass],
-                                 inside && (there >> pass & 1));
-                token[pass] += kTileK * 2;
-            }
-            cp_async_arrive(shared_address(&smem.landed[at.stage]));
-        }
-    }
-
     // Problem: as for gemm_wgmma, but write_unit(work, unit, sums of its columns in either half, router weights of the
     // thread's two rows).
     template <class Problem>
@@ -181,7 +122,7 @@ struct gemm_split : gemm_wgmma<Type, kGather, kRows, kCols, kTileK, kStages> {
     {
         const auto &args = whole.args;
         const uint32_t block = cluster_block(), blocks = cluster_blocks();
-        start(smem);
+        loop::start(smem);
         cluster_arrive(); // all blocks run: their shared memory may be written
         // down's list is not of the grid in front
         if constexpr (kGather) grid_dependency_wait();
@@ -201,16 +142,16 @@ struct gemm_split : gemm_wgmma<Type, kGather, kRows, kCols, kTileK, kStages> {
         position at;
 
         if (threadIdx.x >= loop::kMathThreads) {
-            set_registers_fewer<kCopyRegisters>();
             if constexpr (kGather) {
-                gather(smem, work, problem);
+                int32_t slot[loop::kHeld];
+                loop::load_slots(slot, work, problem);
+                loop::copy_tile(smem, at, work, slot, {0, 0, -1, 0, false}, problem);
             } else if (threadIdx.x == loop::kMathThreads) {
                 feed(smem, work, problem);
                 grid_launch_dependents();
             }
             return;
         }
-        set_registers_more<kMathRegisters>();
         const int32_t own_row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
         int32_t slot[2];
         float weight[2] = {1.0f, 1.0f}, sums[loop::kSums];

@@ -386,7 +386,7 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_THREADS(wm, wn, wk)    (32 * (wm) * (wn) * (wk))
 #define MOE_GEMM_PRODUCERS_sm80         0 /* warps beside these that only copy */
 #define MOE_GEMM_PRODUCERS_sm90a        4
-#define MOE_GEMM_PRODUCERS_sm90a_split  8
+#define MOE_GEMM_PRODUCERS_sm90a_split  4
 #define MOE_GEMM_PRODUCERS_sm90a_decode 2 /* one copies, one writes (gate_up); both copy (down) */
 #define MOE_GEMM_PRODUCERS_sm90a_swap   4 /* one feeds the copy engine, two gather */
 #define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)                                                 \
