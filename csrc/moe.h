@@ -255,6 +255,8 @@ typedef struct moe_plan {
     int32_t tile_rows;
     int32_t max_tiles; /* of one chunk */
     int32_t combine_vector_bytes;
+    int32_t
+        combine_slots; /* of a token that a thread of combine sums at a time; 0: column by column */
     int64_t intermediate_stride, rows_stride; /* elements */
     int32_t num_launches; /* at most: route and align of few tokens go together */
     int32_t deterministic, batch_invariant;

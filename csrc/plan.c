@@ -685,6 +685,20 @@ static void choose_adds(moe_plan *plan, const moe_device_info *d, const gemm_sha
     }
 }
 
+/* Slots that a thread of combine sums at a time: with few of them it takes several tokens, where there are enough for all
+ * SMs; 9 and 10 are two times 5. */
+static int32_t combine_slots(const moe_plan *plan)
+{
+    const moe_problem *p = &plan->problem;
+    const bool sum = p->combine == MOE_COMBINE_SUM; /* else every slot is a token */
+    const int32_t topk = sum ? p->topk : 1;
+    const int64_t tokens = sum ? plan->chunk_tokens : plan->chunk_tokens * p->topk;
+    if (plan->combine_vector_bytes < 16) return 0;
+    if (topk <= 4 && tokens >= ceil_div(MOE_COMBINE_MANY, MOE_COMBINE_CHUNKS(p->hidden_size)))
+        return topk <= 2 ? 2 : 4;
+    return topk == 9 || topk == 10 ? 5 : MOE_COMBINE_IN_FLIGHT;
+}
+
 /* ------------------------------------------------------------------------------------------------
  * Decode: gate_up and down that need no align and no combine */
 
@@ -841,6 +855,7 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
     plan->combine_vector_bytes =
         p->hidden_size * bytes % 16 == 0 ? p->out_vector_bytes : (int32_t)bytes;
     if (choose_chunk(plan, err)) return err->status;
+    plan->combine_slots = combine_slots(plan);
 
     const int64_t tokens = plan->chunk_tokens, slots = tokens * p->topk;
     const double experts = fmax(distinct_experts(p, tokens), 1e-9), rows = (double)slots / experts;

@@ -11,8 +11,7 @@
  * Cost   (num_rows + num_tokens) * hidden_size * 2 bytes: memory-bound, 4.0 to 4.35 TB/s on an H200 from 2048 tokens */
 #include "numeric.cuh"
 
-// Rows that are under way at once for a thread.
-static constexpr int kInFlight = 8;
+static constexpr int kInFlight = MOE_COMBINE_IN_FLIGHT;
 // An out of more elements leaves L2 before anybody reads it: it makes room first.
 static constexpr int64_t kKeptElements = 1 << 23;
 

@@ -481,6 +481,7 @@ typedef struct moe_fill_args {
     ((num_experts) <= 256 ? 2048 : (num_experts) <= 512 ? 1024 : (num_experts) <= 768 ? 512 : 384)
 #define MOE_ALIGN_STATIC_BYTES 1024 /* of shared memory beside MOE_ALIGN_SMEM_BYTES, at most */
 #define MOE_COMBINE_THREADS    128  /* 8 columns of a token each */
+#define MOE_COMBINE_IN_FLIGHT  8    /* rows that are under way at once for a thread */
 #define MOE_FILL_THREADS       32
 #define MOE_FILL_BLOCKS        8 /* for each SM, not at once */
 #define MOE_COMBINE_MANY                                                                           \

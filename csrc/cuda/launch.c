@@ -466,16 +466,14 @@ int moe_cuda_combine(const moe_plan *plan, const moe_combine_args *args, int dev
                      moe_error *err)
 {
     moe_combine_args a = *args;
-    bool vector = plan->combine_vector_bytes == 16;
-    int kernel = vector ? KERNEL_COMBINE_BF16 : KERNEL_COMBINE_BF16_ANY, tokens = 1;
-    if (vector && a.topk <= 4 &&
-        a.num_tokens >= ceil_div(MOE_COMBINE_MANY, MOE_COMBINE_CHUNKS(a.hidden_size))) {
-        kernel = a.topk <= 2 ? KERNEL_COMBINE_BF16_2 : KERNEL_COMBINE_BF16_4;
-        tokens = a.topk <= 2 ? 4 : 2;
-    } else if (vector && (a.topk == 9 || a.topk == 10)) {
-        kernel = KERNEL_COMBINE_BF16_5;
-    }
+    const int32_t slots = plan->combine_slots;
+    int kernel = slots == 0   ? KERNEL_COMBINE_BF16_ANY
+                 : slots == 2 ? KERNEL_COMBINE_BF16_2
+                 : slots == 4 ? KERNEL_COMBINE_BF16_4
+                 : slots == 5 ? KERNEL_COMBINE_BF16_5
+                              : KERNEL_COMBINE_BF16;
     if (a.dtype != MOE_BF16) ++kernel;
+    const int32_t tokens = MOE_COMBINE_IN_FLIGHT / (slots > 0 ? slots : MOE_COMBINE_IN_FLIGHT);
     const int64_t blocks = MOE_COMBINE_BLOCKS(ceil_div(a.num_tokens, tokens), a.hidden_size);
     const geometry g = {blocks < (1 << 30) ? blocks : 1 << 30, MOE_COMBINE_THREADS, 0, true, 0};
     return launch(kernel, &g, &a, device, stream, err);
