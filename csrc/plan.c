@@ -308,37 +308,38 @@ static bool wants_tall(const variant *v, const gemm_shape *s, const moe_device_i
     return v->cols == tall_cols(v, s) && (v->cols != 224 || suits_tall(v, s, d));
 }
 
-/* Blocks of a cluster that split K between them, for a variant of sm90a_split, and the time: the waves of clusters, of which
- * an SM's neighbours, sixteen at least, hold so many; steps of K as for sm90a, or what L2 gives all of them; then the sums of
- * a tile once through the network between SMs. */
+/* Blocks of a cluster that split K between them, for a variant of sm90a_split, and the time: a wave of clusters is steps of
+ * what the gather or the math takes, or L2 for all of them; then the sums of a tile once through the network between SMs.
+ * Fitted to the stages alone of 26 random layers, docs/notes/hopper_kernels.md. */
 static int32_t split_blocks(const variant *v, const gemm_shape *s, const moe_device_info *d,
                             double *us)
 {
-    const double start_us = 3.0, tile_us = 1.5, sums_us = 1.0, mma_share = 0.84,
-                 l2_bytes_per_us = 6.5e6, l2_bytes_per_us_sm = 7e4, network_bytes_per_us_sm = 2.5e4;
-    const double tiles = expected_tiles(s, v->rows),
-                 items = tiles * (double)ceil_div(s->weight_rows, v->cols),
-                 height = 64.0 * fmin(v->rows / 64.0, expected_tiles(s, 64) / tiles),
-                 groups = height / 64.0,
-                 port = fmax(1.0, (groups * (v->cols + 128.0) + v->cols) / (2.0 * groups * v->cols)),
-                 math_us = port * 2.0 * height * v->cols * v->k /
-                           (d->flops_per_us / d->num_sms * mma_share),
-                 step_bytes = (height + v->cols) * v->k * (double)s->element_bytes;
+    /* of 1, 2, .. blocks, at a time on 132 SMs: no cluster leaves its group of SMs */
+    static const int32_t CLUSTERS[MOE_SPLIT_BLOCKS] = {132, 66, 39, 30, 22, 17, 15, 15};
+    const bool gathers = v->stage == STAGE_gate_up;
+    const double start_us = 0.65, tile_us = 1.1, sums_us = 0.62, sent_us = 6.4e-5, /* a byte */
+        step_us = gathers ? 0.447 : 0.186, math_us = gathers ? 0.032 : 0.079,
+                 l2_bytes_per_us = 5.6e6;
+    const double tiles = expected_tiles(s, v->rows), width = v->cols / 128.0,
+                 items = tiles * (double)ceil_div(s->weight_rows, v->cols) *
+                         (s->row_spread > 0.0 ? 1.05 : 1.0),
+                 groups = fmin(v->rows / 64.0, expected_tiles(s, 64) / tiles),
+                 step_bytes = (64.0 * groups + v->cols) * v->k * (double)s->element_bytes,
+                 sum_bytes = 4.0 * v->cols * 64.0 * ceil(fmin(v->rows, s->rows_per_expert) / 64.0);
     const int64_t steps = ceil_div(s->depth, v->k);
     int32_t best = 0;
-    for (int32_t blocks = 1; blocks <= min64(steps, MOE_SPLIT_BLOCKS); ++blocks) {
-        const double clusters = fmax(1.0, (double)(d->num_sms / 16 * (16 / blocks))),
-                     active = fmin(items, clusters) * blocks,
-                     l2_rate = fmin(l2_bytes_per_us_sm, l2_bytes_per_us / active);
-        const double part_us =
-            (double)ceil_div(steps, blocks) * fmax(math_us, step_bytes / l2_rate) + tile_us;
-        const double sent = 4.0 * height * v->cols * (blocks - 1) / blocks;
-        const double of = start_us + ceil(items / clusters) *
-                                         (part_us + (blocks > 1) * sums_us +
-                                          sent / network_bytes_per_us_sm);
-        if (best && of >= *us) continue;
+    for (int32_t blocks = (int32_t)min64(steps, 2); blocks <= min64(steps, MOE_SPLIT_BLOCKS);
+         ++blocks) {
+        const double clusters = fmax(1.0, floor(CLUSTERS[blocks - 1] * d->num_sms / 132.0)),
+                     active = fmin(items, clusters) * blocks;
+        const double step =
+            fmax(step_us + math_us * groups * width, step_bytes * active / l2_bytes_per_us);
+        const double wave = tile_us * width + (double)ceil_div(steps, blocks) * step + sums_us +
+                            sent_us * sum_bytes * (blocks - 1) / blocks;
+        const double expected = start_us + ceil(items / clusters) * wave;
+        if (best && expected >= *us) continue;
         best = blocks;
-        *us = of;
+        *us = expected;
     }
 #ifdef MOE_SPLIT_TRIAL
     const char *text = getenv(v->stage == STAGE_down ? "SPLIT_DOWN" : "SPLIT_UP");
