@@ -305,7 +305,10 @@ static bool suits_tall(const variant *v, const gemm_shape *s, const moe_device_i
 /* Elsewhere they have to be expected to be a good deal faster. 224 columns were measured to be slower there. */
 static bool wants_tall(const variant *v, const gemm_shape *s, const moe_device_info *d)
 {
-    return v->cols == tall_cols(v, s) && (v->cols != 224 || suits_tall(v, s, d));
+    const double items = expected_tiles(s, TALL_ROWS) * (double)ceil_div(s->weight_rows, v->cols);
+    const bool one_wave =
+        v->stage == STAGE_gate_up && items <= d->num_sms && items > 0.6 * d->num_sms;
+    return one_wave || (v->cols == tall_cols(v, s) && (v->cols != 224 || suits_tall(v, s, d)));
 }
 
 /* Blocks of a cluster that split K between them, for a variant of sm90a_split, and the time: a wave of clusters is steps of
@@ -317,23 +320,24 @@ static int32_t split_blocks(const variant *v, const gemm_shape *s, const moe_dev
     /* of 1, 2, .. blocks, at a time on 132 SMs: no cluster leaves its group of SMs */
     static const int32_t CLUSTERS[MOE_SPLIT_BLOCKS] = {132, 66, 39, 30, 22, 17, 15, 15};
     const bool gathers = v->stage == STAGE_gate_up;
-    const double start_us = 0.65, tile_us = 1.1, sums_us = 0.62, sent_us = 6.4e-5, /* a byte */
-        step_us = gathers ? 0.447 : 0.186, math_us = gathers ? 0.032 : 0.079,
-                 l2_bytes_per_us = 5.6e6;
+    const double start_us = 2.1, tile_us = 0.77, sums_us = 0.58, sent_us = 6.1e-5, /* a byte */
+        step_us = gathers ? 0.137 : 0.172, group_us = gathers ? 0.069 : 0.0,
+                 math_us = gathers ? 0.1 : 0.087, l2_bytes_per_us = 6.0e6;
     const double tiles = expected_tiles(s, v->rows), width = v->cols / 128.0,
                  items = tiles * (double)ceil_div(s->weight_rows, v->cols) *
                          (s->row_spread > 0.0 ? 1.05 : 1.0),
-                 groups = fmin(v->rows / 64.0, expected_tiles(s, 64) / tiles),
-                 step_bytes = (64.0 * groups + v->cols) * v->k * (double)s->element_bytes,
-                 sum_bytes = 4.0 * v->cols * 64.0 * ceil(fmin(v->rows, s->rows_per_expert) / 64.0);
+                 groups = ceil(fmin(v->rows, s->rows_per_expert) / 64.0), /* of a full tile */
+        mean_rows = 64.0 * fmin(v->rows / 64.0, expected_tiles(s, 64) / tiles),
+                 step_bytes = (mean_rows + v->cols) * v->k * (double)s->element_bytes,
+                 sum_bytes = 4.0 * v->cols * 64.0 * groups;
     const int64_t steps = ceil_div(s->depth, v->k);
     int32_t best = 0;
     for (int32_t blocks = (int32_t)min64(steps, 2); blocks <= min64(steps, MOE_SPLIT_BLOCKS);
          ++blocks) {
         const double clusters = fmax(1.0, floor(CLUSTERS[blocks - 1] * d->num_sms / 132.0)),
                      active = fmin(items, clusters) * blocks;
-        const double step =
-            fmax(step_us + math_us * groups * width, step_bytes * active / l2_bytes_per_us);
+        const double step = fmax(step_us + group_us * groups + math_us * groups * width,
+                                 step_bytes * active / l2_bytes_per_us);
         const double wave = tile_us * width + (double)ceil_div(steps, blocks) * step + sums_us +
                             sent_us * sum_bytes * (blocks - 1) / blocks;
         const double expected = start_us + ceil(items / clusters) * wave;
@@ -381,6 +385,9 @@ static bool allowed(int32_t row, int32_t stage, const moe_problem *p, const moe_
     return !(d->hopper && p->vector_bytes >= 16 && v->arch == ARCH_sm80 && v->rows >= 64);
 }
 
+/* Measured: below, decode and the kernels of mma.sync are faster than K split over a cluster. */
+enum { FEWEST_SPLIT_TOKENS = 20 };
+
 /* Expected rows of an expert up to which sm90a_swap was measured to be faster than wgmma with tiles of 128 rows; more
  * where these are fewer than SMs. */
 static int32_t most_swap_rows(const moe_problem *p, const moe_device_info *d)
@@ -398,12 +405,13 @@ static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem 
         if (VARIANTS[i].rows != tile_rows || VARIANTS[i].arch == ARCH_sm90a_decode ||
             !usable(&VARIANTS[i], stage, p, d) || !allowed(i, stage, p, d))
             continue;
-        if (d->tile_rows == 0 && d->gate_up_row <= 0 && d->down_row <= 0 &&
-            tile_rows == TALL_ROWS && VARIANTS[i].arch != ARCH_sm90a_split &&
-            !wants_tall(&VARIANTS[i], s, d))
-            continue;
+        const bool free = d->tile_rows == 0 && d->gate_up_row <= 0 && d->down_row <= 0;
+        const bool splits = VARIANTS[i].arch == ARCH_sm90a_split;
+        if (free && tile_rows == TALL_ROWS && !splits && !wants_tall(&VARIANTS[i], s, d)) continue;
+        if (free && splits && p->num_tokens < FEWEST_SPLIT_TOKENS) continue;
 #ifdef MOE_SPLIT_TRIAL
-        if (getenv("SPLIT_OFF") && atoi(getenv("SPLIT_OFF")) && VARIANTS[i].arch == ARCH_sm90a_split)
+        if (getenv("SPLIT_OFF") && atoi(getenv("SPLIT_OFF")) &&
+            VARIANTS[i].arch == ARCH_sm90a_split)
             continue;
 #endif
         const double cost = gemm_us(&VARIANTS[i], s, d);

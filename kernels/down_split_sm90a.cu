@@ -35,8 +35,8 @@ struct down_part : down_problem<T, moe_down_args> {
                 const float(&z)[4] = part ? high : low;
                 auto *to = static_cast<typename T::element *>(args.rows) +
                            (int64_t{work.row_begin} + row + i * 8) * args.rows_stride + col;
-                *reinterpret_cast<uint32_t *>(to) =
-                    T::round2((z[2 * i] + bias[0]) * weight[i], (z[2 * i + 1] + bias[1]) * weight[i]);
+                *reinterpret_cast<uint32_t *>(to) = T::round2((z[2 * i] + bias[0]) * weight[i],
+                                                              (z[2 * i + 1] + bias[1]) * weight[i]);
             }
         }
     }
@@ -50,8 +50,7 @@ struct down_part : down_problem<T, moe_down_args> {
              const __grid_constant__ tensor_map tokens)                                            \
     {                                                                                              \
         prefetch_maps(weights, tokens);                                                            \
-        run_gemm<gemm_split<type, false, rows, cols, k, stages>>(                                  \
-            down_part<type>{args, &weights, &tokens, args.hidden_size, args.intermediate_size, 0,  \
-                            1.0f});                                                                \
+        run_gemm<gemm_split<type, false, rows, cols, k, stages>>(down_part<type>{                  \
+            args, &weights, &tokens, args.hidden_size, args.intermediate_size, 0, 1.0f});          \
     }
 #include "gemm_instances.cuh"

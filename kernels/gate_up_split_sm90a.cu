@@ -22,8 +22,8 @@ struct gate_up_part : gate_up_operands<T> {
         const bool gated = args.gated;
         const int32_t lane_col = threadIdx.x % 4 * 2 + unit_col;
         for (int part = 0; part < (gated ? 1 : 2); ++part) {
-            const int32_t col = gated ? work.col_begin / 2 + lane_col
-                                      : work.col_begin + lane_col + part * half;
+            const int32_t col =
+                gated ? work.col_begin / 2 + lane_col : work.col_begin + lane_col + part * half;
             if (col >= args.intermediate_size) return;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {

@@ -66,14 +66,13 @@ struct gemm_split : gemm_wgmma<Type, kGather, kRows, kCols, kTileK, kStages> {
 
     // Half of copy_boxes each: the weights and the bytes to expect; the tokens, where they are not gathered.
     template <class Problem>
-    static __device__ __forceinline__ void copy_weights(shared &smem, uint32_t stage,
-                                                        const work &work, int32_t k,
-                                                        const Problem &problem)
+    static __device__ __forceinline__ void
+    copy_weights(shared &smem, uint32_t stage, const work &work, int32_t k, const Problem &problem)
     {
         const uint32_t landed = shared_address(&smem.landed[stage]),
                        to = shared_address(smem.weight[stage]);
-        mbarrier_arrive_expect_tx(landed, loop::kWeightBytes +
-                                              loop::groups_of(work) * loop::kGroupBytes);
+        mbarrier_arrive_expect_tx(landed,
+                                  loop::kWeightBytes + loop::groups_of(work) * loop::kGroupBytes);
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
             const int2 at = problem.box(work.col_begin, part, loop::kBoxRows);
@@ -83,9 +82,8 @@ struct gemm_split : gemm_wgmma<Type, kGather, kRows, kCols, kTileK, kStages> {
     }
 
     template <class Problem>
-    static __device__ __forceinline__ void copy_tokens(shared &smem, uint32_t stage,
-                                                       const work &work, int32_t k,
-                                                       const Problem &problem)
+    static __device__ __forceinline__ void
+    copy_tokens(shared &smem, uint32_t stage, const work &work, int32_t k, const Problem &problem)
     {
 #pragma unroll
         for (int group = 0; group < loop::kGroups; ++group)
@@ -123,20 +121,18 @@ struct gemm_split : gemm_wgmma<Type, kGather, kRows, kCols, kTileK, kStages> {
         const auto &args = whole.args;
         const uint32_t block = cluster_block(), blocks = cluster_blocks();
         loop::start(smem);
-        cluster_arrive(); // all blocks run: their shared memory may be written
         // down's list is not of the grid in front
         if constexpr (kGather) grid_dependency_wait();
         const typename loop::list list(args, whole.num_cols, 0);
         const work work = list.find(blockIdx.x / blocks);
-        cluster_wait();
         if (kGather || work.num_rows < 0 || threadIdx.x / 32 != loop::kMathThreads / 32) {
             grid_dependency_wait();
             grid_launch_dependents();
         }
         if (work.num_rows < 0) return;
 
-        const uint32_t steps = (whole.k_size + kTileK - 1) / kTileK,
-                       begin = steps * block / blocks, end = steps * (block + 1) / blocks;
+        const uint32_t steps = (whole.k_size + kTileK - 1) / kTileK, begin = steps * block / blocks,
+                       end = steps * (block + 1) / blocks;
         part_of<Problem> problem{whole, static_cast<int32_t>(begin * kTileK)};
         problem.k_size = min(whole.k_size, static_cast<int32_t>(end * kTileK));
         position at;
@@ -172,9 +168,9 @@ struct gemm_split : gemm_wgmma<Type, kGather, kRows, kCols, kTileK, kStages> {
                     weight[half] = weight_of(slot[half], args);
             });
         cluster_arrive(); // nobody reads this ring any more
-        cluster_wait();
         const bool rows = static_cast<int32_t>(threadIdx.x / 128 * 64) < work.num_rows;
         const uint32_t own = shared_address(&smem) + threadIdx.x * 16;
+        cluster_wait();
         if (rows) send(own, sums, block, blocks);
         cluster_arrive();
         cluster_wait();
