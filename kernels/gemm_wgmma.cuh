@@ -163,22 +163,15 @@ struct gemm_wgmma {
         return max(work.num_rows + 63, 64) / 64;
     }
 
+    // A stage's weights; its barrier then waits for its token rows, too.
     template <class Problem>
     static __device__ __forceinline__ void
-    copy_boxes(shared &smem, uint32_t stage, const work &work, int32_t k, const Problem &problem)
+    copy_weights(shared &smem, uint32_t stage, const work &work, int32_t k, const Problem &problem)
     {
         uint32_t landed = shared_address(&smem.landed[stage]);
         uint32_t bytes = kWeightBytes;
         if constexpr (!kGather) bytes += groups_of(work) * kGroupBytes;
         mbarrier_arrive_expect_tx(landed, bytes);
-        if constexpr (!kGather) {
-            uint32_t to = shared_address(smem.token[stage]);
-#pragma unroll
-            for (int group = 0; group < kGroups; ++group)
-                if (group < groups_of(work))
-                    tensor_copy_4d(to + group * kGroupBytes, problem.tokens, k,
-                                   work.row_begin + group * 64, 0, 0, landed);
-        }
         uint32_t to = shared_address(smem.weight[stage]);
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
@@ -189,6 +182,32 @@ struct gemm_wgmma {
             else
                 tensor_copy_4d(half, problem.weights, k, at.x, at.y, work.expert, landed);
         }
+    }
+
+    // Token rows that lie behind each other.
+    template <class Problem>
+    static __device__ __forceinline__ void
+    copy_tokens(shared &smem, uint32_t stage, const work &work, int32_t k, const Problem &problem)
+    {
+        uint32_t landed = shared_address(&smem.landed[stage]);
+        uint32_t to = shared_address(smem.token[stage]);
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group)
+            if (group < groups_of(work))
+                tensor_copy_4d(to + group * kGroupBytes, problem.tokens, k,
+                               work.row_begin + group * 64, 0, 0, landed);
+    }
+
+    // The weights of the first steps, before anything is known of the token rows. Returns of how many.
+    template <class Problem>
+    static __device__ __forceinline__ int32_t copy_ahead(shared &smem, const work &work,
+                                                         const Problem &problem)
+    {
+        int32_t step = 0;
+        if (work.num_rows < 0) return step;
+        for (; step < kStages && step * kTileK < problem.k_size; ++step)
+            copy_weights(smem, step, work, step * kTileK, problem);
+        return step;
     }
 
     // Pass p brings row t / kChunks + p * kPassRows. Its slot, asked for a tile ahead, is held by one of the eight threads
@@ -223,13 +242,14 @@ struct gemm_wgmma {
     template <class Problem>
     static __device__ __forceinline__ void
     copy_tile(shared &smem, position &at, const work &work, int32_t (&slot)[kHeld],
-              const typename gemm_wgmma::work &next, const Problem &problem)
+              const typename gemm_wgmma::work &next, int32_t ahead, const Problem &problem)
     {
         int32_t thread = threadIdx.x - kMathThreads;
         if constexpr (!kGather) {
             for (int32_t k = problem.k_begin; k < problem.k_size; k += kTileK, at.next()) {
                 mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
-                copy_boxes(smem, at.stage, work, k, problem);
+                if (--ahead < 0) copy_weights(smem, at.stage, work, k, problem);
+                copy_tokens(smem, at.stage, work, k, problem);
             }
         } else {
             int32_t row = thread / kChunks, chunk = thread % kChunks * 8;
@@ -251,7 +271,7 @@ struct gemm_wgmma {
             load_slots(slot, next, problem);
             for (int32_t k = problem.k_begin; k < problem.k_size; k += kTileK, at.next()) {
                 mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
-                if (thread == 0) copy_boxes(smem, at.stage, work, k, problem);
+                if (thread == 0 && --ahead < 0) copy_weights(smem, at.stage, work, k, problem);
                 uint32_t to = shared_address(smem.token[at.stage]) + offset;
                 const bool inside = k + chunk < problem.k_size;
 #pragma unroll
@@ -317,7 +337,7 @@ struct gemm_wgmma {
 
     template <class Problem>
     static __device__ __forceinline__ void copy_tile(shared &smem, position &at, uint32_t tile,
-                                                     const Problem &problem)
+                                                     int32_t ahead, const Problem &problem)
     {
         const int32_t thread = threadIdx.x - kMathThreads, row = thread / kChunks;
         const uint32_t offset = row * (kTileK * 2) + ((thread % kChunks ^ (row & 7)) << 4);
@@ -325,8 +345,11 @@ struct gemm_wgmma {
         const int32_t num_rows = get_work(smem, tile).num_rows;
         for (int32_t k = 0; k < problem.k_size; k += kTileK, at.next()) {
             mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
-            if (thread == 0) copy_boxes(smem, at.stage, get_work(smem, tile), k, problem);
-            if constexpr (kGather) {
+            if (thread == 0 && --ahead < 0)
+                copy_weights(smem, at.stage, get_work(smem, tile), k, problem);
+            if constexpr (!kGather) {
+                copy_tokens(smem, at.stage, get_work(smem, tile), k, problem);
+            } else {
                 copy_rows(shared_address(smem.token[at.stage]) + offset, tokens, num_rows,
                           k + thread % kChunks * 8, problem);
                 cp_async_arrive(shared_address(&smem.landed[at.stage]));
@@ -337,7 +360,8 @@ struct gemm_wgmma {
     // All tiles. What comes next is looked up before a tile's copies, not during them.
     template <class Problem>
     static __device__ __forceinline__ void produce(shared &smem, position &at, const list &list,
-                                                   const work &first, const Problem &problem)
+                                                   const work &first, int32_t ahead,
+                                                   const Problem &problem)
     {
         const auto &args = problem.args;
         const bool leads = threadIdx.x == kMathThreads;
@@ -358,7 +382,8 @@ struct gemm_wgmma {
                 producer_sync();
                 load_own_slots(slot, get_work(smem, tile + 1), args);
             }
-            copy_tile(smem, at, tile, problem);
+            copy_tile(smem, at, tile, ahead, problem);
+            ahead = 0;
             num_rows = get_work(smem, tile + 1).num_rows;
         }
     }
@@ -776,18 +801,28 @@ struct gemm_wgmma {
     {
         const auto &args = problem.args;
         start(smem);
-        grid_dependency_wait();
-        grid_launch_dependents();
+        // Down looks at the list and asks for weights before it waits: align, which writes the list, is what gate_up had
+        // waited for before it let this grid start.
+        if constexpr (kGather) {
+            grid_dependency_wait();
+            grid_launch_dependents();
+        }
         int32_t num_steps = (problem.k_size + kTileK - 1) / kTileK;
         position at;
         const list list(args, problem.num_cols, problem.band_tiles);
         uint32_t tile = 0;
         work work = list.find(blockIdx.x);
+        int32_t ahead = threadIdx.x == kMathThreads ? copy_ahead(smem, work, problem) : 0;
+        __syncwarp();
+        if constexpr (!kGather) {
+            grid_dependency_wait();
+            grid_launch_dependents();
+        }
 
         if (threadIdx.x >= kMathThreads) {
             set_registers_fewer<kCopyRegisters>();
             if constexpr (kFewRegisters) {
-                produce(smem, at, list, work, problem);
+                produce(smem, at, list, work, ahead, problem);
                 return;
             }
             const bool first = threadIdx.x == kMathThreads;
@@ -806,7 +841,8 @@ struct gemm_wgmma {
                 }
                 if constexpr (kGather) producer_sync();
                 auto after = list.find(smem.item[tile % 2]);
-                copy_tile(smem, at, work, slot, next, problem);
+                copy_tile(smem, at, work, slot, next, ahead, problem);
+                ahead = 0;
                 work = next;
                 next = after;
             }
