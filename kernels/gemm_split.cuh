@@ -64,55 +64,6 @@ struct gemm_split : gemm_wgmma<Type, kGather, kRows, kCols, kTileK, kStages> {
         }
     }
 
-    // Half of copy_boxes each: the weights and the bytes to expect; the tokens, where they are not gathered.
-    template <class Problem>
-    static __device__ __forceinline__ void
-    copy_weights(shared &smem, uint32_t stage, const work &work, int32_t k, const Problem &problem)
-    {
-        const uint32_t landed = shared_address(&smem.landed[stage]),
-                       to = shared_address(smem.weight[stage]);
-        mbarrier_arrive_expect_tx(landed,
-                                  loop::kWeightBytes + loop::groups_of(work) * loop::kGroupBytes);
-#pragma unroll
-        for (int part = 0; part < 2; ++part) {
-            const int2 at = problem.box(work.col_begin, part, loop::kBoxRows);
-            tensor_copy_4d(to + part * (loop::kWeightBytes / 2), problem.weights, k, at.x, at.y,
-                           work.expert, landed);
-        }
-    }
-
-    template <class Problem>
-    static __device__ __forceinline__ void
-    copy_tokens(shared &smem, uint32_t stage, const work &work, int32_t k, const Problem &problem)
-    {
-#pragma unroll
-        for (int group = 0; group < loop::kGroups; ++group)
-            if (group < loop::groups_of(work))
-                tensor_copy_4d(shared_address(smem.token[stage]) + group * loop::kGroupBytes,
-                               problem.tokens, k, work.row_begin + group * 64, 0, 0,
-                               shared_address(&smem.landed[stage]));
-    }
-
-    // One thread, tokens not gathered: what the grid in front did not write comes before it ends.
-    template <class Problem>
-    static __device__ __forceinline__ void feed(shared &smem, const work &work,
-                                                const Problem &problem)
-    {
-        const int32_t ahead = min(problem.k_size, problem.k_begin + kStages * kTileK);
-        position at;
-        for (int32_t k = problem.k_begin; k < ahead; k += kTileK, at.next())
-            copy_weights(smem, at.stage, work, k, problem);
-        grid_dependency_wait();
-        at = position{};
-        for (int32_t k = problem.k_begin; k < ahead; k += kTileK, at.next())
-            copy_tokens(smem, at.stage, work, k, problem);
-        for (int32_t k = ahead; k < problem.k_size; k += kTileK, at.next()) {
-            mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
-            copy_weights(smem, at.stage, work, k, problem);
-            copy_tokens(smem, at.stage, work, k, problem);
-        }
-    }
-
     // Problem: as for gemm_wgmma, but write_unit(work, unit, sums of its columns in either half, router weights of the
     // thread's two rows).
     template <class Problem>
@@ -121,31 +72,30 @@ struct gemm_split : gemm_wgmma<Type, kGather, kRows, kCols, kTileK, kStages> {
         const auto &args = whole.args;
         const uint32_t block = cluster_block(), blocks = cluster_blocks();
         loop::start(smem);
-        // down's list is not of the grid in front
-        if constexpr (kGather) grid_dependency_wait();
-        const typename loop::list list(args, whole.num_cols, 0);
-        const work work = list.find(blockIdx.x / blocks);
-        if (kGather || work.num_rows < 0 || threadIdx.x / 32 != loop::kMathThreads / 32) {
+        if constexpr (kGather) { // as there: down waits behind its first weights
             grid_dependency_wait();
             grid_launch_dependents();
         }
-        if (work.num_rows < 0) return;
-
+        const typename loop::list list(args, whole.num_cols, 0);
+        const work work = list.find(blockIdx.x / blocks);
         const uint32_t steps = (whole.k_size + kTileK - 1) / kTileK, begin = steps * block / blocks,
                        end = steps * (block + 1) / blocks;
         part_of<Problem> problem{whole, static_cast<int32_t>(begin * kTileK)};
         problem.k_size = min(whole.k_size, static_cast<int32_t>(end * kTileK));
+        const bool leads = threadIdx.x == loop::kMathThreads;
+        const int32_t ahead = leads ? loop::copy_ahead(smem, work, problem) : 0;
+        __syncwarp();
+        if constexpr (!kGather) {
+            grid_dependency_wait();
+            grid_launch_dependents();
+        }
+        if (work.num_rows < 0) return; // all blocks of the cluster
         position at;
-
         if (threadIdx.x >= loop::kMathThreads) {
-            if constexpr (kGather) {
-                int32_t slot[loop::kHeld];
-                loop::load_slots(slot, work, problem);
-                loop::copy_tile(smem, at, work, slot, {0, 0, -1, 0, false}, problem);
-            } else if (threadIdx.x == loop::kMathThreads) {
-                feed(smem, work, problem);
-                grid_launch_dependents();
-            }
+            int32_t slot[loop::kHeld];
+            loop::load_slots(slot, work, problem);
+            if (kGather || leads)
+                loop::copy_tile(smem, at, work, slot, {0, 0, -1, 0, false}, ahead, problem);
             return;
         }
         const int32_t own_row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;

@@ -205,8 +205,8 @@ struct gemm_wgmma {
     {
         int32_t step = 0;
         if (work.num_rows < 0) return step;
-        for (; step < kStages && step * kTileK < problem.k_size; ++step)
-            copy_weights(smem, step, work, step * kTileK, problem);
+        for (int32_t k = problem.k_begin; step < kStages && k < problem.k_size; k += kTileK)
+            copy_weights(smem, step++, work, k, problem);
         return step;
     }
 

@@ -1,4 +1,4 @@
-"""Few tiles of long K: K split over the thread blocks of a cluster, whose sums are added up in their
+"""Few tiles of long K: K split over the thread blocks of a cluster, whose sums are added up in its
 order. The plan says by how many; here layers for which it does so by itself. Layers of every other
 kind: tests/test_variants.py."""
 
