@@ -8,9 +8,6 @@
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
-#ifdef MOE_SPLIT_TRIAL
-#include <stdlib.h>
-#endif
 #include <string.h>
 
 /* The columns of gemm_variants.def that choosing needs. */
@@ -311,14 +308,16 @@ static bool wants_tall(const variant *v, const gemm_shape *s, const moe_device_i
     return one_wave || (v->cols == tall_cols(v, s) && (v->cols != 224 || suits_tall(v, s, d)));
 }
 
-/* Blocks of a cluster that split K between them, for a variant of sm90a_split, and the time: a wave of clusters is steps of
- * what the gather or the math takes, or L2 for all of them; then the sums of a tile once through the network between SMs.
- * Fitted to the stages alone of 26 random layers, docs/notes/hopper_kernels.md. */
+/* Blocks of a cluster that split K between them, for a variant of sm90a_split: as many as leave all tiles at work at the same
+ * time and each block some steps. And the time: steps of what the gather or the math takes, or L2 for all blocks; then the
+ * sums of a tile once through the network between SMs. Fitted to the stages alone of 26 random layers,
+ * docs/notes/hopper_kernels.md. */
 static int32_t split_blocks(const variant *v, const gemm_shape *s, const moe_device_info *d,
                             double *us)
 {
     /* of 1, 2, .. blocks, at a time on 132 SMs: no cluster leaves its group of SMs */
     static const int32_t CLUSTERS[MOE_SPLIT_BLOCKS] = {132, 66, 39, 30, 22, 17, 15, 15};
+    const int64_t fewest_steps = 5;
     const bool gathers = v->stage == STAGE_gate_up;
     const double start_us = 2.1, tile_us = 0.77, sums_us = 0.58, sent_us = 6.1e-5, /* a byte */
         step_us = gathers ? 0.137 : 0.172, group_us = gathers ? 0.069 : 0.0,
@@ -331,25 +330,23 @@ static int32_t split_blocks(const variant *v, const gemm_shape *s, const moe_dev
                  step_bytes = (mean_rows + v->cols) * v->k * (double)s->element_bytes,
                  sum_bytes = 4.0 * v->cols * 64.0 * groups;
     const int64_t steps = ceil_div(s->depth, v->k);
-    int32_t best = 0;
-    for (int32_t blocks = (int32_t)min64(steps, 2); blocks <= min64(steps, MOE_SPLIT_BLOCKS);
-         ++blocks) {
-        const double clusters = fmax(1.0, floor(CLUSTERS[blocks - 1] * d->num_sms / 132.0)),
-                     active = fmin(items, clusters) * blocks;
-        const double step = fmax(step_us + group_us * groups + math_us * groups * width,
-                                 step_bytes * active / l2_bytes_per_us);
-        const double wave = tile_us * width + (double)ceil_div(steps, blocks) * step + sums_us +
-                            sent_us * sum_bytes * (blocks - 1) / blocks;
-        const double expected = start_us + ceil(items / clusters) * wave;
-        if (best && expected >= *us) continue;
-        best = blocks;
-        *us = expected;
+    int32_t blocks = (int32_t)min64(steps, 2);
+    double clusters[2]; /* of so many blocks, of one more */
+    for (;; ++blocks) {
+        for (int more = 0; more < 2; ++more)
+            clusters[more] = floor(CLUSTERS[(int32_t)min64(blocks + more, MOE_SPLIT_BLOCKS) - 1] *
+                                   d->num_sms / 132.0);
+        if (blocks == MOE_SPLIT_BLOCKS || steps < fewest_steps * (blocks + 1) ||
+            items > clusters[1])
+            break;
     }
-#ifdef MOE_SPLIT_TRIAL
-    const char *text = getenv(v->stage == STAGE_down ? "SPLIT_DOWN" : "SPLIT_UP");
-    if (text && atoi(text)) best = (int32_t)min64(steps, atoi(text));
-#endif
-    return best;
+    const double active = fmin(items, fmax(1.0, clusters[0])) * blocks,
+                 step = fmax(step_us + group_us * groups + math_us * groups * width,
+                             step_bytes * active / l2_bytes_per_us),
+                 wave = tile_us * width + (double)ceil_div(steps, blocks) * step + sums_us +
+                        sent_us * sum_bytes * (blocks - 1) / blocks;
+    *us = start_us + ceil(items / fmax(1.0, clusters[0])) * wave;
+    return blocks;
 }
 
 /* What the kernels are compared by; fitted to measurements of one kind beside the other, docs/notes/plan.md. */
@@ -409,11 +406,6 @@ static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem 
         const bool splits = VARIANTS[i].arch == ARCH_sm90a_split;
         if (free && tile_rows == TALL_ROWS && !splits && !wants_tall(&VARIANTS[i], s, d)) continue;
         if (free && splits && p->num_tokens < FEWEST_SPLIT_TOKENS) continue;
-#ifdef MOE_SPLIT_TRIAL
-        if (getenv("SPLIT_OFF") && atoi(getenv("SPLIT_OFF")) &&
-            VARIANTS[i].arch == ARCH_sm90a_split)
-            continue;
-#endif
         const double cost = gemm_us(&VARIANTS[i], s, d);
         if (best < 0 || cost < *us) {
             best = i;
