@@ -331,7 +331,10 @@ int moe_cuda_align_pad(const moe_plan *plan, const moe_pad_args *args, int devic
     moe_pad_args a = *args;
     const int64_t blocks = a.sorted_token_ids ? ceil_div(a.capacity, MOE_ALIGN_THREADS) : 1,
                   most = 2 * plan->num_sms;
-    const geometry g = {blocks < 1 ? 1 : blocks < most ? blocks : most, MOE_ALIGN_THREADS, 0, true, 0};
+    const geometry g = {blocks < 1      ? 1
+                        : blocks < most ? blocks
+                                        : most,
+                        MOE_ALIGN_THREADS, 0, true, 0};
     return launch(KERNEL_ALIGN_PAD, &g, &a, device, stream, err);
 }
 
