@@ -22,6 +22,7 @@ struct down_problem {
     uint32_t band_tiles;
     float scale; // kAdd
     static constexpr int kTaken = 2;
+    static constexpr int32_t k_begin = 0;
 
     __device__ __forceinline__ int2 box(int32_t col, int32_t part, int32_t rows) const
     {

@@ -214,8 +214,8 @@ struct gemm_wgmma {
     {
         int32_t step = 0;
         if (work.num_rows < 0) return step;
-        for (; step < kStages && step * kTileK < problem.k_size; ++step)
-            copy_weights(smem, step, work, step * kTileK, problem);
+        for (int32_t k = problem.k_begin; step < kStages && k < problem.k_size; k += kTileK)
+            copy_weights(smem, step++, work, k, problem);
         return step;
     }
 
@@ -255,7 +255,7 @@ struct gemm_wgmma {
     {
         int32_t thread = threadIdx.x - kMathThreads;
         if constexpr (!kGather) {
-            for (int32_t k = 0; k < problem.k_size; k += kTileK, at.next()) {
+            for (int32_t k = problem.k_begin; k < problem.k_size; k += kTileK, at.next()) {
                 mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
                 if (--ahead < 0) copy_weights(smem, at.stage, work, k, problem);
                 copy_tokens(smem, at.stage, work, k, problem);
@@ -273,11 +273,12 @@ struct gemm_wgmma {
                 int32_t of =
                     __shfl_sync(0xffffffffu, slot[pass / kChunks], pass % kChunks, kChunks);
                 token[pass] = reinterpret_cast<const unsigned char *>(
-                    problem.tokens() + max(of, 0) * problem.token_stride() + chunk);
+                    problem.tokens() + max(of, 0) * problem.token_stride() + problem.k_begin +
+                    chunk);
                 if (of >= 0) token_valid |= 1u << pass;
             }
             load_slots(slot, next, problem);
-            for (int32_t k = 0; k < problem.k_size; k += kTileK, at.next()) {
+            for (int32_t k = problem.k_begin; k < problem.k_size; k += kTileK, at.next()) {
                 mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
                 if (thread == 0 && --ahead < 0) copy_weights(smem, at.stage, work, k, problem);
                 uint32_t to = shared_address(smem.token[at.stage]) + offset;
@@ -824,7 +825,7 @@ struct gemm_wgmma {
     // All tiles of this block. Problem: weights, tokens: the maps; box(col, part, rows) -> coordinates of half the
     // weights of a tile; tokens(), token_stride(): of gathered rows;
     // write(results, sums, weight of this thread's two rows); args, num_cols, k_size; band_tiles: of the
-    // list; kTaken: which number behind num_tiles counts the items taken.
+    // list; kTaken: which number behind num_tiles counts the items taken; k_begin: 0.
     template <class Problem>
     static __device__ __forceinline__ void run(shared &smem, const Problem &problem)
     {

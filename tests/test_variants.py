@@ -14,7 +14,7 @@ from fusedmoe import _C, reference
 from support import BF16, F16, F32, check_layer, make_layer, padded, run_layer, same_bits
 from test_gate_up import ALL_ACTIVATIONS
 
-ROW = re.compile(r"moe_(gate_up|down)_bf16_(\d+)(x\d+(?:_sm90a(?:_swap)?)?)$")
+ROW = re.compile(r"moe_(gate_up|down)_bf16_(\d+)(x\d+(?:_sm90a(?:_swap|_split)?)?)$")
 
 
 def pairs():
