@@ -1,7 +1,8 @@
 // arch: sm_90a
 /* down_split_sm90a.cu: down_sm90a.cu with K split over a cluster: the same arguments, formula and rounding; sums of parts
  * of K are added up in their order (stage 4 of 5)
- * In     weights, tokens  as down_sm90a.cu
+ * In     weights  tensor map of w2 as [num_experts, 1, hidden_size, I], boxes of half a tile's rows
+ *        tokens   as down_sm90a.cu
  * Grid   clusters of up to MOE_SPLIT_BLOCKS blocks, MOE_GEMM_GRID(max_tiles, hidden_size, cols) of them
  * Needs  align == 16, as there; compute capability 9.0; no more blocks in a cluster than steps of K
  * Cost   as gate_up_split_sm90a.cu, and num_rows * hidden_size * 2 bytes written */
@@ -11,6 +12,11 @@
 template <class T>
 struct down_part : down_problem<T, moe_down_args> {
     using down_problem<T, moe_down_args>::args;
+
+    __device__ __forceinline__ int2 box(int32_t col, int32_t part, int32_t rows) const
+    {
+        return make_int2(col + part * rows, 0);
+    }
 
     // low, high: columns of the tile from unit_col and unit_col + half on.
     template <class Work>
