@@ -172,15 +172,12 @@ struct gemm_wgmma {
         return max(work.num_rows + 63, 64) / 64;
     }
 
-    // A stage's weights; its barrier then waits for its token rows, too.
+    // A stage's weights. Its barrier has been told to expect them.
     template <class Problem>
     static __device__ __forceinline__ void
     copy_weights(shared &smem, uint32_t stage, const work &work, int32_t k, const Problem &problem)
     {
         uint32_t landed = shared_address(&smem.landed[stage]);
-        uint32_t bytes = kWeightBytes;
-        if constexpr (!kGather) bytes += groups_of(work) * kGroupBytes;
-        mbarrier_arrive_expect_tx(landed, bytes);
         uint32_t to = shared_address(smem.weight[stage]);
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
@@ -214,9 +211,26 @@ struct gemm_wgmma {
     {
         int32_t step = 0;
         if (work.num_rows < 0) return step;
-        for (int32_t k = problem.k_begin; step < kStages && k < problem.k_size; k += kTileK)
+        for (int32_t k = problem.k_begin; step < kStages && k < problem.k_size; k += kTileK) {
+            mbarrier_expect_tx(shared_address(&smem.landed[step]), kWeightBytes);
             copy_weights(smem, step++, work, k, problem);
+        }
         return step;
+    }
+
+    // What the engine brings of a stage. Behind its arrival the stage may land: what a tile is has been written before.
+    template <class Problem>
+    static __device__ __forceinline__ void copy_stage(shared &smem, uint32_t stage,
+                                                      const work &work, int32_t k, int32_t &ahead,
+                                                      const Problem &problem)
+    {
+        const bool there = ahead > 0; // the weights
+        --ahead;
+        mbarrier_arrive_expect_tx(shared_address(&smem.landed[stage]),
+                                  (there ? 0 : kWeightBytes) +
+                                      (kGather ? 0 : groups_of(work) * kGroupBytes));
+        if (!there) copy_weights(smem, stage, work, k, problem);
+        if constexpr (!kGather) copy_tokens(smem, stage, work, k, problem);
     }
 
     // Pass p brings row t / kChunks + p * kPassRows. Its slot, asked for a tile ahead, is held by one of the eight threads
@@ -257,8 +271,7 @@ struct gemm_wgmma {
         if constexpr (!kGather) {
             for (int32_t k = problem.k_begin; k < problem.k_size; k += kTileK, at.next()) {
                 mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
-                if (--ahead < 0) copy_weights(smem, at.stage, work, k, problem);
-                copy_tokens(smem, at.stage, work, k, problem);
+                copy_stage(smem, at.stage, work, k, ahead, problem);
             }
         } else {
             int32_t row = thread / kChunks, chunk = thread % kChunks * 8;
@@ -280,7 +293,7 @@ struct gemm_wgmma {
             load_slots(slot, next, problem);
             for (int32_t k = problem.k_begin; k < problem.k_size; k += kTileK, at.next()) {
                 mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
-                if (thread == 0 && --ahead < 0) copy_weights(smem, at.stage, work, k, problem);
+                if (thread == 0) copy_stage(smem, at.stage, work, k, ahead, problem);
                 uint32_t to = shared_address(smem.token[at.stage]) + offset;
                 const bool inside = k + chunk < problem.k_size;
 #pragma unroll
@@ -354,11 +367,8 @@ struct gemm_wgmma {
         const int32_t num_rows = get_work(smem, tile).num_rows;
         for (int32_t k = 0; k < problem.k_size; k += kTileK, at.next()) {
             mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
-            if (thread == 0 && --ahead < 0)
-                copy_weights(smem, at.stage, get_work(smem, tile), k, problem);
-            if constexpr (!kGather) {
-                copy_tokens(smem, at.stage, get_work(smem, tile), k, problem);
-            } else {
+            if (thread == 0) copy_stage(smem, at.stage, get_work(smem, tile), k, ahead, problem);
+            if constexpr (kGather) {
                 copy_rows(shared_address(smem.token[at.stage]) + offset, tokens, num_rows,
                           k + thread % kChunks * 8, problem);
                 cp_async_arrive(shared_address(&smem.landed[at.stage]));

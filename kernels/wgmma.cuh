@@ -52,6 +52,12 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
 }
 
+// mbarrier.expect_tx, "mbarrier.expect_tx": `bytes` more to come, and no arrival. The issuing thread.
+__device__ __forceinline__ void mbarrier_expect_tx(uint32_t bar, uint32_t bytes)
+{
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
+}
+
 // mbarrier.arrive, "mbarrier.arrive": one arrival. Any thread.
 __device__ __forceinline__ void mbarrier_arrive(uint32_t bar)
 {
