@@ -96,6 +96,9 @@ struct gemm_split : gemm_wgmma<Type, kGather, kRows, kCols, kTileK, kStages> {
             loop::load_slots(slot, work, problem);
             if (kGather || leads)
                 loop::copy_tile(smem, at, work, slot, {0, 0, -1, 0, false}, ahead, problem);
+            cp_async_wait<0>(); // into this ring, which becomes the cluster's
+            cluster_arrive();
+            cluster_wait();
             return;
         }
         const int32_t own_row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
