@@ -449,12 +449,12 @@ static int parse_problem(module_state *state, PyObject *const *v, moe_problem *p
 
 static PyObject *gemm_dict(const moe_gemm_plan *g)
 {
-    return Py_BuildValue("{ss si si si si si si si si si sd sd sd}", "name",
-                         moe_variant_name(g->variant), "variant", g->variant, "tile_rows",
-                         g->tile_rows, "tile_cols", g->tile_cols, "tile_k", g->tile_k, "grid_cols",
-                         g->grid_cols, "threads", g->threads, "smem_bytes", g->smem_bytes,
-                         "ring_stages", g->ring_stages, "band_tiles", g->band_tiles, "bytes",
-                         g->bytes, "flops", g->flops, "us", g->us);
+    return Py_BuildValue(
+        "{ss si si si si si si si si si si sd sd sd}", "name", moe_variant_name(g->variant),
+        "variant", g->variant, "tile_rows", g->tile_rows, "tile_cols", g->tile_cols, "tile_k",
+        g->tile_k, "grid_cols", g->grid_cols, "threads", g->threads, "smem_bytes", g->smem_bytes,
+        "cluster_blocks", g->cluster_blocks, "ring_stages", g->ring_stages, "band_tiles",
+        g->band_tiles, "bytes", g->bytes, "flops", g->flops, "us", g->us);
 }
 
 static PyObject *workspace_dict(const moe_workspace *w)

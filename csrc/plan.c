@@ -18,7 +18,13 @@ typedef struct variant {
         fetch_bytes;
 } variant;
 
-enum { ARCH_sm80 = 80, ARCH_sm90a = 90, ARCH_sm90a_decode = 91, ARCH_sm90a_swap = 92 };
+enum {
+    ARCH_sm80 = 80,
+    ARCH_sm90a = 90,
+    ARCH_sm90a_decode = 91,
+    ARCH_sm90a_swap = 92,
+    ARCH_sm90a_split = 93
+};
 enum {
     STAGE_gate_up = MOE_OP_GATE_UP,
     STAGE_down = MOE_OP_DOWN,
@@ -296,7 +302,51 @@ static bool suits_tall(const variant *v, const gemm_shape *s, const moe_device_i
 /* Elsewhere they have to be expected to be a good deal faster. 224 columns were measured to be slower there. */
 static bool wants_tall(const variant *v, const gemm_shape *s, const moe_device_info *d)
 {
-    return v->cols == tall_cols(v, s) && (v->cols != 224 || suits_tall(v, s, d));
+    const double items = expected_tiles(s, TALL_ROWS) * (double)ceil_div(s->weight_rows, v->cols);
+    const bool one_wave =
+        v->stage == STAGE_gate_up && items <= d->num_sms && items > 0.6 * d->num_sms;
+    return one_wave || (v->cols == tall_cols(v, s) && (v->cols != 224 || suits_tall(v, s, d)));
+}
+
+/* Blocks of a cluster that split K between them, for a variant of sm90a_split: as many as leave all tiles at work at the same
+ * time and each block some steps. And the time: steps of what the gather or the math takes, or L2 for all blocks; then the
+ * sums of a tile once through the network between SMs. Fitted to the stages alone of 26 random layers,
+ * docs/notes/hopper_kernels.md. */
+static int32_t split_blocks(const variant *v, const gemm_shape *s, const moe_device_info *d,
+                            double *us)
+{
+    /* of 1, 2, .. blocks, at a time on 132 SMs: no cluster leaves its group of SMs */
+    static const int32_t CLUSTERS[MOE_SPLIT_BLOCKS] = {132, 66, 39, 30, 22, 17, 15, 15};
+    const int64_t fewest_steps = 5;
+    const bool gathers = v->stage == STAGE_gate_up;
+    const double start_us = 2.1, tile_us = 0.77, sums_us = 0.58, sent_us = 6.1e-5, /* a byte */
+        step_us = gathers ? 0.137 : 0.172, group_us = gathers ? 0.069 : 0.0,
+                 math_us = gathers ? 0.1 : 0.087, l2_bytes_per_us = 6.0e6;
+    const double tiles = expected_tiles(s, v->rows), width = v->cols / 128.0,
+                 items = tiles * (double)ceil_div(s->weight_rows, v->cols) *
+                         (s->row_spread > 0.0 ? 1.05 : 1.0),
+                 groups = ceil(fmin(v->rows, s->rows_per_expert) / 64.0), /* of a full tile */
+        mean_rows = 64.0 * fmin(v->rows / 64.0, expected_tiles(s, 64) / tiles),
+                 step_bytes = (mean_rows + v->cols) * v->k * (double)s->element_bytes,
+                 sum_bytes = 4.0 * v->cols * 64.0 * groups;
+    const int64_t steps = ceil_div(s->depth, v->k);
+    int32_t blocks = (int32_t)min64(steps, 2);
+    double clusters[2]; /* of so many blocks, of one more */
+    for (;; ++blocks) {
+        for (int more = 0; more < 2; ++more)
+            clusters[more] = floor(CLUSTERS[(int32_t)min64(blocks + more, MOE_SPLIT_BLOCKS) - 1] *
+                                   d->num_sms / 132.0);
+        if (blocks == MOE_SPLIT_BLOCKS || steps < fewest_steps * (blocks + 1) ||
+            items > clusters[1])
+            break;
+    }
+    const double active = fmin(items, fmax(1.0, clusters[0])) * blocks,
+                 step = fmax(step_us + group_us * groups + math_us * groups * width,
+                             step_bytes * active / l2_bytes_per_us),
+                 wave = tile_us * width + (double)ceil_div(steps, blocks) * step + sums_us +
+                        sent_us * sum_bytes * (blocks - 1) / blocks;
+    *us = start_us + ceil(items / fmax(1.0, clusters[0])) * wave;
+    return blocks;
 }
 
 /* What the kernels are compared by; fitted to measurements of one kind beside the other, docs/notes/plan.md. */
@@ -304,6 +354,11 @@ static double gemm_us(const variant *v, const gemm_shape *s, const moe_device_in
 {
     if (v->arch == ARCH_sm90a_swap) return swap_us(v, s, d);
     if (v->arch == ARCH_sm80) return variant_us(v, s, d);
+    if (v->arch == ARCH_sm90a_split) {
+        double us = INFINITY;
+        split_blocks(v, s, d, &us);
+        return fmax(us, stream_us(v, s, weight_bytes(s), d));
+    }
     const double padded = (double)(ceil_div(s->weight_rows, v->cols) * v->cols);
     const double us =
         persistent_us(v, s, d) * 0.867 * (1.0 + 0.48 * (padded / (double)s->weight_rows - 1.0));
@@ -327,6 +382,9 @@ static bool allowed(int32_t row, int32_t stage, const moe_problem *p, const moe_
     return !(d->hopper && p->vector_bytes >= 16 && v->arch == ARCH_sm80 && v->rows >= 64);
 }
 
+/* Measured: below, decode and the kernels of mma.sync are faster than K split over a cluster. */
+enum { FEWEST_SPLIT_TOKENS = 20 };
+
 /* Expected rows of an expert up to which sm90a_swap was measured to be faster than wgmma with tiles of 128 rows; more
  * where these are fewer than SMs. */
 static int32_t most_swap_rows(const moe_problem *p, const moe_device_info *d)
@@ -344,9 +402,10 @@ static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem 
         if (VARIANTS[i].rows != tile_rows || VARIANTS[i].arch == ARCH_sm90a_decode ||
             !usable(&VARIANTS[i], stage, p, d) || !allowed(i, stage, p, d))
             continue;
-        if (d->tile_rows == 0 && d->gate_up_row <= 0 && d->down_row <= 0 &&
-            tile_rows == TALL_ROWS && !wants_tall(&VARIANTS[i], s, d))
-            continue;
+        const bool free = d->tile_rows == 0 && d->gate_up_row <= 0 && d->down_row <= 0;
+        const bool splits = VARIANTS[i].arch == ARCH_sm90a_split;
+        if (free && tile_rows == TALL_ROWS && !splits && !wants_tall(&VARIANTS[i], s, d)) continue;
+        if (free && splits && p->num_tokens < FEWEST_SPLIT_TOKENS) continue;
         const double cost = gemm_us(&VARIANTS[i], s, d);
         if (best < 0 || cost < *us) {
             best = i;
@@ -367,7 +426,9 @@ static void fill_gemm(moe_gemm_plan *g, int32_t row, const gemm_shape *s, const 
     g->grid_cols = (int32_t)ceil_div(s->weight_rows, v->cols);
     g->threads = v->threads;
     g->smem_bytes = v->smem_bytes;
-    g->max_blocks = v->arch == ARCH_sm80 ? 0 : d->num_sms;
+    g->max_blocks = v->arch == ARCH_sm80 || v->arch == ARCH_sm90a_split ? 0 : d->num_sms;
+    double split_us = 0;
+    g->cluster_blocks = v->arch == ARCH_sm90a_split ? split_blocks(v, s, d, &split_us) : 0;
     g->weight_box = v->weight_box;
     g->token_box = v->token_box;
     /* Two pieces of a row in one stage need it nowhere. Else 256 bytes gained 2 to 5 % on an H100, and lost as much in

@@ -28,13 +28,13 @@ struct down_decode {
 
     const moe_down_decode_args &args;
     const tensor_map &body,
-        &rest; // w2: box_chunks units; K past the last whole 64, zeros behind it
-    unsigned char *ring, *panel;
+        &rest;                   // w2: box_chunks units; K past the last whole 64, zeros behind it
+    unsigned char *ring, *panel; // panel: token rows, row_at says where
     sums_buffer &sums;
     decode_state &state;
     int16_t
         *slots; // [active][kTokens]: the first slot of a token that goes to the expert, -1: none
-    int32_t chunks, copies_per_expert, stage_bytes, col_tiles, panel_pitch, active = 0;
+    int32_t chunks, copies_per_expert, stage_bytes, col_tiles, panel_pitch, per_slot, active = 0;
     bool tail, duplicates = false;
 
     __device__ __forceinline__ down_decode(const moe_down_decode_args &args, const tensor_map &body,
@@ -51,7 +51,16 @@ struct down_decode {
         copies_per_expert = (chunks + args.box_chunks - 1) / args.box_chunks + tail;
         stage_bytes = args.copies * args.box_chunks * kUnitBytes;
         col_tiles = (args.stage.hidden_size + kCols - 1) / kCols;
-        panel_pitch = MOE_DECODE_PANEL_PITCH(args.stage.intermediate_size);
+        panel_pitch = (args.stage.intermediate_size + kUnitK - 1) / kUnitK * kUnitK * 2;
+        per_slot = static_cast<int32_t>((0xffffu + args.slots.topk) / args.slots.topk);
+    }
+
+    // Where the row of a slot is. ldmatrix reads rows of eight neighbouring tokens, whichever of a token's slots they are, and
+    // they should be in banks of their own: 16 bytes further for each token. (slot * per_slot >> 16 is slot / topk, but for a
+    // topk above 128, where it only has to grow with the slot.)
+    __device__ __forceinline__ uint32_t row_at(int32_t slot) const
+    {
+        return shared_address(panel) + slot * panel_pitch + (slot * per_slot >> 16) * 16;
     }
 
     // A copy: box_chunks units of an expert, or its tail.
@@ -135,14 +144,11 @@ struct down_decode {
         const int64_t stride = stage.intermediate_stride * 2;
         const char *from =
             static_cast<const char *>(stage.intermediate) + slot * stride + piece * 16;
-        uint32_t to = shared_address(panel + slot * panel_pitch) + piece * 16;
+        uint32_t to = row_at(slot) + piece * 16;
         // Steps to this thread's next piece: in a row further on, or in the one behind that.
         const int64_t from_on = slots_on * stride + pieces_on * 16,
                       from_next = from_on + stride - pieces * 16;
-        const int32_t to_on = slots_on * panel_pitch + pieces_on * 16,
-                      to_next = to_on + panel_pitch - pieces * 16;
-        compute_now((reinterpret_cast<uint64_t>(from) | from_on | from_next) +
-                    (to | to_on | to_next));
+        compute_now((reinterpret_cast<uint64_t>(from) | from_on | from_next) + to);
         // Before the wait: the first kernel of the next call sets itself up meanwhile.
         grid_launch_dependents();
         grid_dependency_wait();
@@ -154,7 +160,7 @@ struct down_decode {
             if (wraps) piece -= pieces;
             slot += slots_on + wraps;
             from += wraps ? from_next : from_on;
-            to += wraps ? to_next : to_on;
+            to = row_at(slot) + piece * 16;
         }
         cp_async_commit();
         cp_async_wait<0>();
@@ -174,7 +180,11 @@ struct down_decode {
     {
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-            slot.address[tile] = shared_address(panel) + max(slot.row[tile], 0) * panel_pitch;
+            // Of a token without a slot, the row of one with: it is not added, but it is there.
+            const uint32_t has = __ballot_sync(0xffffffffu, slot.row[tile] >= 0);
+            const int32_t other =
+                __shfl_sync(0xffffffffu, slot.row[tile], __ffs(static_cast<int32_t>(has)) - 1);
+            slot.address[tile] = row_at(max(slot.row[tile] < 0 ? other : slot.row[tile], 0));
 #pragma unroll
             for (int i = 0; i < 2; ++i)
                 slot.scale[tile][i] = state.weight[max(slot.column[tile][i], 0)];
@@ -193,6 +203,62 @@ struct down_decode {
             slot.column[tile][1] = pair.y;
         }
         look_up(slot);
+    }
+
+    // What a lane brings of the token rows of one copy: every by-th 16 bytes of one row, from `first` on.
+    struct row_share {
+        const char *from;
+        uint32_t to;
+        int32_t first, end, by;
+    };
+
+    // The rows of the tokens that have a slot, dealt out evenly: 32, 16, 8 or 4 lanes each. All blocks want the same rows, so
+    // each begins at one of its own.
+    __device__ __forceinline__ row_share share_rows(const piece &p) const
+    {
+        const moe_down_args &stage = args.stage;
+        const bool there = p.rank < active;
+        const int32_t lane = threadIdx.x % 32,
+                      row = there ? slots[p.rank * kTokens + lane % 8] : -1;
+        const uint32_t has = __ballot_sync(0xffffffffu, row >= 0) & 0xff;
+        const int32_t count = max(__popc(has), 1), shift = __clz(count - 1) - 27;
+        int32_t index = lane >> shift, token = 0; // the index-th token that has a slot
+        const bool any = there && index < count;
+        if (count == 8) index ^= blockIdx.x & 7;
+#pragma unroll
+        for (int half = 4; half; half /= 2) {
+            const int32_t below = __popc(has >> token & ((1u << half) - 1));
+            if (index >= below) index -= below, token += half;
+        }
+        const int32_t slot = max(__shfl_sync(0xffffffffu, row, token & 7), 0);
+        const bool last = is_tail(p);
+        const int32_t chunk = last ? chunks : p.at * args.box_chunks, at = chunk * kUnitK * 2;
+        const int32_t end = last ? stage.intermediate_size % kUnitK / 8
+                                 : min(args.box_chunks, chunks - chunk) * (kUnitK / 8);
+        return {static_cast<const char *>(stage.intermediate) +
+                    slot * stage.intermediate_stride * 2 + at,
+                row_at(slot) + at, lane & ((1 << shift) - 1), any ? end : 0, 1 << shift};
+    }
+
+    __device__ __forceinline__ void ask(const row_share &share) const
+    {
+#pragma unroll 1
+        for (int32_t i = share.first; i < share.end; i += share.by)
+            cp_async_16(share.to + i * 16, share.from + i * 16, 16);
+        cp_async_commit();
+    }
+
+    // The wait, then the token rows of this warp's first two stages.
+    __device__ __forceinline__ void ask_first(const piece &first, const piece &second) const
+    {
+        const row_share one = share_rows(first), two = share_rows(second);
+        compute_now(
+            (reinterpret_cast<uint64_t>(one.from) | reinterpret_cast<uint64_t>(two.from)) +
+            (one.to | two.to | one.first | two.first | one.end | two.end | one.by | two.by));
+        grid_launch_dependents();
+        grid_dependency_wait();
+        ask(one);
+        ask(two);
     }
 
     // acc += weight * (the weights of a copy times the token rows), for the tokens that have a slot, of kCopies copies of one
@@ -361,6 +427,11 @@ struct down_decode {
         at.advance(warp * args.copies, copies_per_expert);
         // Two experts at a time where a copy is all of an expert's; with more sums registers would not do.
         const bool pairs = kParts * kTiles == 1 && copies_per_expert == 1 && !tail && !duplicates;
+        // Where every warp has many stages, the same in every tile, it brings the token rows of its own, two stages ahead: so
+        // the first products do not wait for all rows, and the ring goes on.
+        const bool own = kTiles == 1 && args.copies == 1 && step == kMathWarps &&
+                         num_stages > 2 * step && !duplicates &&
+                         col_tiles <= static_cast<int32_t>(gridDim.x);
         bool waited = false;
 #pragma unroll 1
         for (int32_t tile = blockIdx.x; tile < col_tiles; tile += gridDim.x) {
@@ -386,8 +457,18 @@ struct down_decode {
                         if (!waited) {
                             // All that needs neither weights nor token rows is done now.
                             compute_now(weights + units + slot[0].address[0]);
-                            load_panel();
+                            if (kTiles == 1 && own) {
+                                piece second = at;
+                                second.advance(step, copies_per_expert);
+                                ask_first(at, second);
+                            } else {
+                                load_panel();
+                            }
                             waited = true;
+                        }
+                        if (kTiles == 1 && own) {
+                            cp_async_wait<1>();
+                            __syncwarp();
                         }
                         mbarrier_wait(shared_address(&state.landed[stage]), parity);
                     }
@@ -406,6 +487,11 @@ struct down_decode {
                 }
                 release(state, stage);
                 at.advance(step * args.copies, copies_per_expert);
+                if (kTiles == 1 && own) {
+                    piece ahead = at;
+                    ahead.advance(step, copies_per_expert);
+                    ask(share_rows(ahead));
+                }
                 stage += step;
                 if (stage >= args.ring_stages) {
                     stage = warp;
@@ -428,9 +514,9 @@ struct down_decode {
 #pragma unroll 1
         for (int32_t i = threadIdx.x; i < num_slots * past; i += kThreads) {
             int32_t slot = i / past;
-            *reinterpret_cast<uint4 *>(panel + slot * panel_pitch +
-                                       args.stage.intermediate_size * 2 + (i - slot * past) * 16) =
-                make_uint4(0, 0, 0, 0);
+            uint32_t at = row_at(slot) - shared_address(panel);
+            *reinterpret_cast<uint4 *>(panel + at + args.stage.intermediate_size * 2 +
+                                       (i - slot * past) * 16) = make_uint4(0, 0, 0, 0);
         }
     }
 

@@ -1,6 +1,7 @@
 // arch: sm_90a
 /* down_sm90a.cu: down.cu with wgmma: the same arguments, formula and order of rounding (stage 4 of 5)
- * In     weights  tensor map of w2 as [num_experts, 1, hidden_size, I], boxes of half a tile's rows
+ * In     weights  tensor map of w2 as [num_experts, 4, hidden_size / 4, I], boxes of half a tile's rows: every fourth, then
+ *                 those behind them, and so on (down_wgmma.cuh)
  *        tokens   tensor map of intermediate as [1, 1, num_slots, I], boxes of 64 rows
  * Grid   min(MOE_GEMM_GRID(max_tiles, hidden_size, cols), SMs) blocks that walk over the tiles
  * Needs  align == 16, as there; compute capability 9.0

@@ -1,4 +1,9 @@
-/* down_wgmma.cuh: what down_sm90a.cu and down_add_sm90a.cu share: where w2's rows lie, and the epilogue. */
+/* down_wgmma.cuh: what down_sm90a.cu and down_add_sm90a.cu share: where w2's rows lie, and the epilogue.
+ *
+ * The map of w2 is [num_experts, 4, hidden_size / 4, I]: a box of R weight rows is rows 0, 4, 8 .. of R neighbouring ones,
+ * then rows 1, 5, 9 .., then those from 2, then from 3. wgmma gives lane q of four columns 2 q and 2 q + 1 of each block of
+ * eight, and blocks b, b + R / 32, b + R / 16 and b + 3 R / 32 of a box are columns 32 b + 4 i, + 1, + 2 and + 3, i = 0 .. 7.
+ * So a lane has columns 32 b + 8 q .. + 7 of its two rows: 16 bytes, which leave without a way through shared memory. */
 #ifndef MOE_DOWN_WGMMA_CUH
 #define MOE_DOWN_WGMMA_CUH
 
@@ -17,10 +22,11 @@ struct down_problem {
     uint32_t band_tiles;
     float scale; // kAdd
     static constexpr int kTaken = 2;
+    static constexpr int32_t k_begin = 0;
 
     __device__ __forceinline__ int2 box(int32_t col, int32_t part, int32_t rows) const
     {
-        return make_int2(col + part * rows, 0);
+        return make_int2((col + part * rows) / 4, 0);
     }
 
     template <class Gemm>
@@ -28,81 +34,109 @@ struct down_problem {
                                           const float (&sums)[Gemm::kSums],
                                           const float (&weight)[2]) const
     {
+        float factor[2] = {weight[0], weight[1]};
+        int32_t token[2] = {0, 0};
+        if constexpr (kAdd) {
+            const auto work = to.work();
+            int32_t slot = 0, own = threadIdx.x / 32 * 16 + threadIdx.x % 16;
+            if (own < work.num_rows) slot = args.sorted_token_ids[work.row_begin + own];
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                token[half] =
+                    __shfl_sync(0xffffffffu, slot / args.topk, threadIdx.x % 32 / 4 + half * 8);
+                factor[half] *= scale;
+            }
+        }
         if (args.w2_bias)
-            write<Gemm, true>(to, sums, weight);
+            write<Gemm, true>(to, sums, factor, token);
         else
-            write<Gemm, false>(to, sums, weight);
+            write<Gemm, false>(to, sums, factor, token);
     }
 
+    // kCols / 64 blocks of 32 columns in each box, of which this lane has eight.
     template <class Gemm, bool kBias>
     __device__ __forceinline__ void write(const typename Gemm::results &to,
                                           const float (&sums)[Gemm::kSums],
-                                          const float (&weight)[2]) const
+                                          const float (&factor)[2], const int32_t (&token)[2]) const
     {
-        constexpr int kBlocks = Gemm::kOutCols / 8;
-        float factor[2] = {weight[0], weight[1]};
-        int32_t token = -1; // of the warp's row lane % 16
-        if constexpr (kAdd) {
-            const auto work = to.work();
-            int32_t row = threadIdx.x / 32 * 16 + threadIdx.x % 16;
-            if (row < work.num_rows)
-                token = args.sorted_token_ids[work.row_begin + row] / args.topk;
-            factor[0] *= scale, factor[1] *= scale;
-        }
+        constexpr int kBlocks = Gemm::kCols / 64, kBoxBlocks = 4 * kBlocks;
+        // With few registers left, where the results go is looked at anew each time.
+        constexpr bool kAnew = kBias && Gemm::kFewRegisters;
+        uint32_t thread = threadIdx.x;
+        place places[2];
 #pragma unroll
-        for (int begin = 0; begin < Gemm::kCols / 8; begin += kBlocks) {
-            const uint32_t out = to.out();
-            const auto work = to.work();
-            const int32_t first = work.col_begin + begin * 8;
+        for (int half = 0; half < 2; ++half)
+            places[half] = find_place(to.work(), thread, half, token[half]);
 #pragma unroll
-            for (int j = 0; j < kBlocks; j += 2) {
-                float bias[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        for (int block = 0; block < 2 * kBlocks; ++block) {
+            const int first = block / kBlocks * kBoxBlocks + block % kBlocks;
+            float bias[4][2];
 #pragma unroll
-                for (int i = 0; i < 4 * kBias; ++i) {
-                    int32_t col = first + Gemm::lane_col(j + i / 2) + i % 2;
-                    if (col < num_cols)
-                        bias[i] = load_f32(args.w2_bias, work.expert * args.w2_bias_stride + col,
-                                           args.w2_bias_dtype);
-                }
+            for (int half = 0; half < 2; ++half) {
                 uint32_t pairs[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    float z[2] = {sums[(begin + j) * 4 + i * 2], sums[(begin + j) * 4 + i * 2 + 1]};
-                    if constexpr (kBias) z[0] += bias[i / 2 * 2], z[1] += bias[i / 2 * 2 + 1];
-                    pairs[i] = T::round2(z[0] * factor[i % 2], z[1] * factor[i % 2]);
+                    const int j = first + i % 2 * 2 * kBlocks, of = half * 2 + i / 2;
+                    float z[2] = {sums[j * 4 + of], sums[(j + kBlocks) * 4 + of]};
+                    if constexpr (kBias) {
+                        if constexpr (kAnew) forget(thread);
+                        if (kAnew || half == 0)
+                            get_bias(bias[i], to.work(), block * 32 + thread % 4 * 8 + i * 2);
+                        z[0] += bias[i][0], z[1] += bias[i][1];
+                    }
+                    pairs[i] = T::round2(z[0] * factor[half], z[1] * factor[half]);
                 }
-                Gemm::out_put(out, j, pairs);
+                if constexpr (kAnew) {
+                    forget(thread);
+                    places[half] = find_place(to.work(), thread, half, token[half]);
+                }
+                store(places[half], block * 32, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
             }
-            if constexpr (kAdd)
-                add_rows<Gemm>(out, token, first);
-            else
-                Gemm::out_copy(to.out(), to.work(), args.rows, args.rows_stride, first, num_cols);
         }
     }
 
-    // As out_copy, but that each row is added to its token's.
-    template <class Gemm>
-    __device__ __forceinline__ void add_rows(uint32_t out, int32_t token, int32_t col) const
+    template <class Work>
+    __device__ __forceinline__ void get_bias(float (&bias)[2], const Work &work, int32_t col) const
     {
-        using element = typename T::element;
-        constexpr int kLanes = Gemm::kOutCols / 8, kAtOnce = 32 / kLanes;
-        int32_t lane = threadIdx.x % 32, chunk = lane % kLanes * 8;
-        bool mine = lane < kLanes * kAtOnce && chunk < num_cols - col;
-        __syncwarp();
+        bias[0] = bias[1] = 0.0f;
+        col += work.col_begin;
+        if (col >= num_cols) return;
+        const bool f32 = args.w2_bias_dtype == MOE_F32;
+        const unsigned char *at = static_cast<const unsigned char *>(args.w2_bias) +
+                                  ((work.expert * args.w2_bias_stride + col) << (f32 ? 2 : 1));
 #pragma unroll
-        for (int r = 0; r < 16; r += kAtOnce) {
-            int32_t row = r + lane / kLanes, of = __shfl_sync(0xffffffffu, token, row % 16);
-            if (mine && row < 16 && of >= 0) {
-                uint4 held = load_shared_16(Gemm::out_chunk(out, row, chunk / 8));
-                element *to =
-                    static_cast<element *>(args.rows) + of * args.rows_stride + col + chunk;
-                if constexpr (T::kDtype == MOE_BF16)
-                    add_16_bf16_kept(to, held);
-                else
-                    add_16_f16_kept(to, held);
-            }
-        }
-        __syncwarp(); // before the next put
+        for (int i = 0; i < 2; ++i)
+            bias[i] = f32 ? reinterpret_cast<const float *>(at)[i]
+                          : T::to_f32(reinterpret_cast<const typename T::element *>(at)[i]);
+    }
+
+    // Where a thread's results of its row `half` of two go: the first of a tile's columns that are its own, how many of
+    // the tile's columns there are from there on, none where the row is padding.
+    struct place {
+        typename T::element *to;
+        int32_t num_cols;
+    };
+
+    template <class Work>
+    __device__ __forceinline__ place find_place(const Work &work, uint32_t thread, int32_t half,
+                                                int32_t token) const
+    {
+        const int32_t row = thread / 32 * 16 + thread % 32 / 4 + half * 8;
+        const int32_t col = work.col_begin + thread % 4 * 8;
+        const int64_t to_row = kAdd ? token : int64_t{work.row_begin} + row;
+        return {static_cast<typename T::element *>(args.rows) + to_row * args.rows_stride + col,
+                row < work.num_rows ? num_cols - col : 0};
+    }
+
+    __device__ __forceinline__ void store(const place &of, int32_t col, uint4 held) const
+    {
+        if (col >= of.num_cols) return;
+        if constexpr (!kAdd)
+            __stcs(reinterpret_cast<uint4 *>(of.to + col), held); // more than L2 holds
+        else if constexpr (T::kDtype == MOE_BF16)
+            add_16_bf16_kept(of.to + col, held);
+        else
+            add_16_f16_kept(of.to + col, held);
     }
 };
 

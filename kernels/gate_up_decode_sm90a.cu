@@ -76,20 +76,21 @@ struct gate_up_decode {
         }
     }
 
-    // Token rows into shared memory, asked for by one thread. What is past K was made zero before.
-    __device__ __forceinline__ void load_panel() const
+    // Token rows into shared memory, asked for by one thread, which has announced them before the wait. What is past K was
+    // made zero before. All blocks want the same rows: each begins at one of its own, `first`.
+    __device__ __forceinline__ void load_panel(int32_t first) const
     {
         const moe_gate_up_args &stage = args.stage;
-        const int32_t num_tokens = static_cast<int32_t>(stage.num_tokens), k = stage.hidden_size;
-        uint32_t bar = shared_address(&state.panel), to = shared_address(panel);
+        const int32_t num_tokens = static_cast<int32_t>(stage.num_tokens);
+        const uint32_t bar = shared_address(&state.panel), to = shared_address(panel);
         auto from = static_cast<const typename T::element *>(stage.hidden_states);
-        mbarrier_arrive_expect_tx(bar, static_cast<uint32_t>(num_tokens * k * 2));
+        int32_t token = first;
 #pragma unroll 1
-        for (int32_t token = 0; token < num_tokens; ++token) {
-            bulk_copy(to, from, static_cast<uint32_t>(k * 2), bar);
-            to += panel_pitch;
-            from += stage.hidden_stride;
-        }
+        do {
+            bulk_copy(to + token * panel_pitch, from + token * stage.hidden_stride,
+                      static_cast<uint32_t>(stage.hidden_size * 2), bar);
+            if (++token == num_tokens) token = 0;
+        } while (token != first);
     }
 
     __device__ __forceinline__ void clear_panel_tail() const
@@ -323,9 +324,17 @@ struct gate_up_decode {
         items mine = share(args.slots.num_slots);
         compute_now(mine.rank + mine.tile + mine.count);
         __syncthreads();
+        const uint32_t num_tokens = static_cast<uint32_t>(args.stage.num_tokens);
+        const int32_t first = static_cast<int32_t>(blockIdx.x % kTokens * num_tokens / kTokens);
         if (threadIdx.x == kMathThreads) announce();
+        if (threadIdx.x == kFinders) {
+            mbarrier_arrive_expect_tx(shared_address(&state.panel),
+                                      num_tokens * static_cast<uint32_t>(args.stage.hidden_size) *
+                                          2);
+            compute_now(first);
+        }
         grid_dependency_wait();
-        if (threadIdx.x == kFinders) load_panel();
+        if (threadIdx.x == kFinders) load_panel(first);
         const int32_t active = find_experts<kTiles>(state, args.slots);
         if (active != args.slots.num_slots) mine = share(active);
         if (threadIdx.x < kMathThreads)

@@ -5,30 +5,11 @@
  * Grid   min(MOE_GEMM_GRID(max_tiles, 2 I (or I), cols), SMs) blocks that walk over the tiles
  * Needs  align == 16, as there; compute capability 9.0
  * Cost   from about a hundred rows an expert on math, else the weights once for each tile of an expert */
-#include "gate_up.cuh"
-#include "gemm_wgmma.cuh"
+#include "gate_up_wgmma.cuh"
 
 template <class T>
-struct gate_up_problem {
-    const moe_gate_up_args &args;
-    const tensor_map *weights;
-    int32_t num_cols, k_size;
-    static constexpr int kTaken = 1;
-    static constexpr uint32_t band_tiles = 0;
-
-    __device__ __forceinline__ int2 box(int32_t col, int32_t part, int32_t rows) const
-    {
-        return args.gated
-                   ? make_int2(col / 2, args.w13_order == MOE_ORDER_UP_GATE ? 1 - part : part)
-                   : make_int2(col + part * rows, 0);
-    }
-
-    __device__ __forceinline__ const typename T::element *tokens() const
-    {
-        return static_cast<const typename T::element *>(args.hidden_states);
-    }
-
-    __device__ __forceinline__ int64_t token_stride() const { return args.hidden_stride; }
+struct gate_up_problem : gate_up_operands<T> {
+    using gate_up_operands<T>::args;
 
     // Plain silu from registers; all else is one loop, not 32 copies of each activation.
     template <class Gemm>

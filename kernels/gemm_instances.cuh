@@ -24,6 +24,12 @@
 #ifndef MOE_KERNEL_sm90a_swap_experts
 #define MOE_KERNEL_sm90a_swap_experts(...)
 #endif
+#ifndef MOE_KERNEL_sm90a_split_gate_up
+#define MOE_KERNEL_sm90a_split_gate_up(...)
+#endif
+#ifndef MOE_KERNEL_sm90a_split_down
+#define MOE_KERNEL_sm90a_split_down(...)
+#endif
 #ifndef MOE_KERNEL_sm90a_decode_gate_up
 #define MOE_KERNEL_sm90a_decode_gate_up(...)
 #endif

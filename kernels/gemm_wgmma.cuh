@@ -8,9 +8,9 @@
  *        or three, multiply 64 rows each with wgmma m64n<kCols>k16 (two of half the columns where three of them have more
  *        than 192), token rows on M, weight rows on N, both operands from the ring.
  *        Chunk c of row r lies at chunk c ^ (r % 8), wgmma's 128-byte swizzle, whoever writes it.
- * Out    a warp puts its 16 rows of rounded results into shared memory (stmatrix), kOutCols columns at a time, and
- *        stores them row after row: whole lines, and no other warp waits for it. Where the ring leaves no room, the
- *        rows that the warp has just multiplied by make it
+ * Out    gate_up: a warp puts its 16 rows of rounded results into shared memory (stmatrix), kOutCols columns at a time,
+ *        and stores them row after row: whole lines, and no other warp waits for it. Where the ring leaves no room, the
+ *        rows that the warp has just multiplied by make it. down: from registers (down_wgmma.cuh)
  * Tails  weight rows past the last one and K past its end are zeros in shared memory and are never read from global
  *        memory. Gathered rows past the tile are zeros; rows of the intermediate past the tile may be another
  *        expert's or anything, and are not written. A warpgroup whose 64 rows all lie past the tile does no math. */
@@ -37,12 +37,13 @@ struct gemm_wgmma {
     static constexpr int kWeightBytes = kCols * kTileK * 2;
     static constexpr int kBoxRows = MOE_GEMM_WEIGHT_BOX_sm90a(kCols); // two boxes a stage
     static constexpr int kSums = kCols / 2;                           // of a thread
-    // Without room of their own results leave through the token rows of their tile's last stage, 64 columns at a time.
-    static constexpr bool kOutInRing = MOE_GEMM_OUT_COLS_sm90a(kRows, kCols, kTileK, kStages) == 0;
+    // gate_up: without room of their own results leave through the token rows of their tile's last stage, 64 columns at a time.
+    static constexpr bool kOutInRing =
+        kGather && MOE_GEMM_OUT_COLS_sm90a(kRows, kCols, kTileK, kStages) == 0;
     static constexpr int kOutCols =
         kOutInRing ? kTileK : MOE_GEMM_OUT_COLS_sm90a(kRows, kCols, kTileK, kStages);
-    // bytes; eight rows lie in different banks, and behind each there is room for its router weight
-    static constexpr int kOutPitch = kOutCols * 2 + 16;
+    static constexpr bool kOutOwn = kGather && !kOutInRing;
+    static constexpr int kOutPitch = kOutCols * 2 + 16; // bytes; eight rows lie in different banks
     // The sums leave few registers, for the math and for the copies: what can lies in shared memory.
     static constexpr bool kFewRegisters = kGroups == 3 && kCols > 192;
     // All of what the launch gives goes to whoever needs it; no more, or a warp would wait for it for ever.
@@ -53,6 +54,7 @@ struct gemm_wgmma {
                   65536 / kThreads / 8 * 8 * kThreads);
     // Token rows of a step from shared memory once, not once for each of the two instructions of its columns.
     static constexpr bool kTokenRegisters = kFewRegisters && kCols == 224;
+    static constexpr bool kTokensInShared = kFewRegisters && kGather;
     // Tiles in a column before the next column: neighbours in time share weights and token rows in L2.
     static constexpr uint32_t kRaster = 8;
     // Items a block knows ahead: it takes the first kAhead at fixed places, then whatever is next when it gets there.
@@ -71,7 +73,8 @@ struct gemm_wgmma {
     struct shared {
         alignas(1024) unsigned char token[kStages][kTokenBytes];
         alignas(1024) unsigned char weight[kStages][kWeightBytes];
-        alignas(128) unsigned char out[kOutInRing ? 1 : kRows][kOutInRing ? 16 : kOutPitch];
+        alignas(128) unsigned char out[kOutOwn ? kRows : 1][kOutOwn ? kOutPitch : 16];
+        float row_weight[kGather ? 1 : 2][kGather ? 1 : kRows]; // down: of tile n at n % 2
         // landed: all bytes of a stage and every gathering thread; read: its wgmma are done, one per math warp
         alignas(8) uint64_t landed[kStages];
         uint64_t read[kStages];
@@ -82,8 +85,8 @@ struct gemm_wgmma {
         uint64_t turn[kGroups - 1];
         // with few registers: the token of row r of tile n at [n % 2][r % kPassRows][r / kPassRows]; where a math warp
         // is in the ring, while its results leave, and their stage and tile
-        alignas(
-            16) int32_t row_token[kFewRegisters ? 2 : 1][kPassRows][kFewRegisters ? kPasses : 4];
+        alignas(16)
+            int32_t row_token[kTokensInShared ? 2 : 1][kPassRows][kTokensInShared ? kPasses : 4];
         alignas(16) uint4 kept[kFewRegisters ? kMathThreads / 32 : 1];
     };
     static_assert(sizeof(shared) <= MOE_GEMM_SMEM_BYTES_sm90a(kRows, kCols, kTileK, kStages),
@@ -105,7 +108,13 @@ struct gemm_wgmma {
 
     static __device__ __forceinline__ work get_work(const shared &smem, uint32_t tile)
     {
-        int4 held = smem.work[tile % kItems];
+        int4 held;
+        if constexpr (kFewRegisters && !kGather) { // each time anew
+            const volatile int4 &at = smem.work[tile % kItems];
+            held = {at.x, at.y, at.z, at.w};
+        } else {
+            held = smem.work[tile % kItems];
+        }
         return {held.x, held.y, held.z, held.w & ~1, (held.w & 1) != 0};
     }
 
@@ -163,15 +172,12 @@ struct gemm_wgmma {
         return max(work.num_rows + 63, 64) / 64;
     }
 
-    // A stage's weights; its barrier then waits for its token rows, too.
+    // A stage's weights. Its barrier has been told to expect them.
     template <class Problem>
     static __device__ __forceinline__ void
     copy_weights(shared &smem, uint32_t stage, const work &work, int32_t k, const Problem &problem)
     {
         uint32_t landed = shared_address(&smem.landed[stage]);
-        uint32_t bytes = kWeightBytes;
-        if constexpr (!kGather) bytes += groups_of(work) * kGroupBytes;
-        mbarrier_arrive_expect_tx(landed, bytes);
         uint32_t to = shared_address(smem.weight[stage]);
 #pragma unroll
         for (int part = 0; part < 2; ++part) {
@@ -205,9 +211,26 @@ struct gemm_wgmma {
     {
         int32_t step = 0;
         if (work.num_rows < 0) return step;
-        for (; step < kStages && step * kTileK < problem.k_size; ++step)
-            copy_weights(smem, step, work, step * kTileK, problem);
+        for (int32_t k = problem.k_begin; step < kStages && k < problem.k_size; k += kTileK) {
+            mbarrier_expect_tx(shared_address(&smem.landed[step]), kWeightBytes);
+            copy_weights(smem, step++, work, k, problem);
+        }
         return step;
+    }
+
+    // What the engine brings of a stage. Behind its arrival the stage may land: what a tile is has been written before.
+    template <class Problem>
+    static __device__ __forceinline__ void copy_stage(shared &smem, uint32_t stage,
+                                                      const work &work, int32_t k, int32_t &ahead,
+                                                      const Problem &problem)
+    {
+        const bool there = ahead > 0; // the weights
+        --ahead;
+        mbarrier_arrive_expect_tx(shared_address(&smem.landed[stage]),
+                                  (there ? 0 : kWeightBytes) +
+                                      (kGather ? 0 : groups_of(work) * kGroupBytes));
+        if (!there) copy_weights(smem, stage, work, k, problem);
+        if constexpr (!kGather) copy_tokens(smem, stage, work, k, problem);
     }
 
     // Pass p brings row t / kChunks + p * kPassRows. Its slot, asked for a tile ahead, is held by one of the eight threads
@@ -246,10 +269,9 @@ struct gemm_wgmma {
     {
         int32_t thread = threadIdx.x - kMathThreads;
         if constexpr (!kGather) {
-            for (int32_t k = 0; k < problem.k_size; k += kTileK, at.next()) {
+            for (int32_t k = problem.k_begin; k < problem.k_size; k += kTileK, at.next()) {
                 mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
-                if (--ahead < 0) copy_weights(smem, at.stage, work, k, problem);
-                copy_tokens(smem, at.stage, work, k, problem);
+                copy_stage(smem, at.stage, work, k, ahead, problem);
             }
         } else {
             int32_t row = thread / kChunks, chunk = thread % kChunks * 8;
@@ -264,13 +286,14 @@ struct gemm_wgmma {
                 int32_t of =
                     __shfl_sync(0xffffffffu, slot[pass / kChunks], pass % kChunks, kChunks);
                 token[pass] = reinterpret_cast<const unsigned char *>(
-                    problem.tokens() + max(of, 0) * problem.token_stride() + chunk);
+                    problem.tokens() + max(of, 0) * problem.token_stride() + problem.k_begin +
+                    chunk);
                 if (of >= 0) token_valid |= 1u << pass;
             }
             load_slots(slot, next, problem);
-            for (int32_t k = 0; k < problem.k_size; k += kTileK, at.next()) {
+            for (int32_t k = problem.k_begin; k < problem.k_size; k += kTileK, at.next()) {
                 mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
-                if (thread == 0 && --ahead < 0) copy_weights(smem, at.stage, work, k, problem);
+                if (thread == 0) copy_stage(smem, at.stage, work, k, ahead, problem);
                 uint32_t to = shared_address(smem.token[at.stage]) + offset;
                 const bool inside = k + chunk < problem.k_size;
 #pragma unroll
@@ -344,11 +367,8 @@ struct gemm_wgmma {
         const int32_t num_rows = get_work(smem, tile).num_rows;
         for (int32_t k = 0; k < problem.k_size; k += kTileK, at.next()) {
             mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
-            if (thread == 0 && --ahead < 0)
-                copy_weights(smem, at.stage, get_work(smem, tile), k, problem);
-            if constexpr (!kGather) {
-                copy_tokens(smem, at.stage, get_work(smem, tile), k, problem);
-            } else {
+            if (thread == 0) copy_stage(smem, at.stage, get_work(smem, tile), k, ahead, problem);
+            if constexpr (kGather) {
                 copy_rows(shared_address(smem.token[at.stage]) + offset, tokens, num_rows,
                           k + thread % kChunks * 8, problem);
                 cp_async_arrive(shared_address(&smem.landed[at.stage]));
@@ -651,7 +671,7 @@ struct gemm_wgmma {
         }
 
         template <class Args>
-        __device__ __forceinline__ void after_last(shared &, const Args &args)
+        __device__ __forceinline__ void after_last(shared &, uint32_t, const Args &args)
         {
             if (!args.topk_weights) return;
 #pragma unroll
@@ -660,12 +680,17 @@ struct gemm_wgmma {
         }
 
         template <class Args>
-        __device__ __forceinline__ void next(const work &, const Args &)
+        __device__ __forceinline__ void begin(const shared &, const work &, const Args &)
         {
         }
 
         template <class Args>
-        __device__ __forceinline__ void get(const shared &, const Args &)
+        __device__ __forceinline__ void pass(const shared &, uint32_t, const Args &)
+        {
+        }
+
+        template <class Args>
+        __device__ __forceinline__ void get(const shared &, uint32_t, const Args &)
         {
         }
     };
@@ -680,12 +705,12 @@ struct gemm_wgmma {
         }
 
         template <class Args>
-        __device__ __forceinline__ void after_last(shared &, const Args &)
+        __device__ __forceinline__ void after_last(shared &, uint32_t, const Args &)
         {
         }
 
         template <class Args>
-        __device__ __forceinline__ void get(shared &smem, const Args &args)
+        __device__ __forceinline__ void get(shared &smem, uint32_t, const Args &args)
         {
             weight[0] = weight[1] = 1.0f;
             if (!args.topk_weights) return;
@@ -702,8 +727,8 @@ struct gemm_wgmma {
     };
 
     // Where they are the rule (down): a load that waits for another at the end of a tile is time in which nothing
-    // multiplies, so lane l asks for the slot of the warp's row l a tile ahead and has the weight copied during the first
-    // step, to behind the row's results in shared memory.
+    // multiplies, and memory answers late while rows are written. So lane l asks for the slot of the warp's row l of the
+    // next tile in this one's first step and has the weight copied to shared memory in its last.
     struct copied_weights {
         int32_t slot;
         float weight[2];
@@ -713,53 +738,69 @@ struct gemm_wgmma {
             return threadIdx.x / 32 * 16 + threadIdx.x % 16;
         }
 
-        static __device__ __forceinline__ float *at(shared &smem, int32_t row)
-        {
-            if constexpr (kOutInRing)
-                return reinterpret_cast<float *>(smem.row_token) + row; // no tokens here
-            else
-                return reinterpret_cast<float *>(&smem.out[row][kOutCols * 2]);
-        }
-
-        // Outside of multiply: a warpgroup of padding alone has no first step.
         template <class Args>
-        __device__ __forceinline__ void next(const work &work, const Args &args)
+        __device__ __forceinline__ void ask(const work &work, const Args &args)
         {
             if (!args.topk_weights) return;
             slot = row() < work.num_rows ? args.sorted_token_ids[work.row_begin + row()] : -1;
         }
 
         template <class Args>
-        __device__ __forceinline__ void after_first(shared &smem, uint32_t, const Args &args) const
+        __device__ __forceinline__ void copy(shared &smem, uint32_t tile, const Args &args) const
         {
-            if (!args.topk_weights || args.weights_dtype != MOE_F32) return;
+            if (!args.topk_weights) return;
+            float *to = &smem.row_weight[tile % 2][row()];
+            const bool leads = threadIdx.x % 32 < 16;
+            if (args.weights_dtype != MOE_F32) { // no copy converts
+                float of_row = weight_of(slot, args);
+                if (leads) *to = of_row;
+                return;
+            }
             int32_t token = token_of(slot, args);
             const float *from = static_cast<const float *>(args.topk_weights);
             if (token >= 0) from += token * args.weights_stride + (slot - token * args.topk);
-            if (threadIdx.x % 32 < 16)
-                cp_async_4(shared_address(at(smem, row())), from, token >= 0 ? 4 : 0);
+            if (leads) cp_async_4(shared_address(to), from, token >= 0 ? 4 : 0);
             cp_async_commit();
         }
 
-        // No copy converts.
         template <class Args>
-        __device__ __forceinline__ void after_last(shared &smem, const Args &args) const
+        __device__ __forceinline__ void begin(shared &smem, const work &work, const Args &args)
         {
-            if (!args.topk_weights || args.weights_dtype == MOE_F32) return;
-            float of_row = weight_of(slot, args);
-            if (threadIdx.x % 32 < 16) *at(smem, row()) = of_row;
+            ask(work, args);
+            copy(smem, 0, args);
+        }
+
+        // Behind these the next tile's place in the list is known: this one's data have landed.
+        template <class Args>
+        __device__ __forceinline__ void after_first(shared &smem, uint32_t tile, const Args &args)
+        {
+            ask(get_work(smem, tile + 1), args);
         }
 
         template <class Args>
-        __device__ __forceinline__ void get(shared &smem, const Args &args)
+        __device__ __forceinline__ void after_last(shared &smem, uint32_t tile, const Args &args)
+        {
+            copy(smem, tile + 1, args);
+        }
+
+        // A tile in which the warpgroup has no row.
+        template <class Args>
+        __device__ __forceinline__ void pass(shared &smem, uint32_t tile, const Args &args)
+        {
+            after_first(smem, tile, args);
+            after_last(smem, tile, args);
+        }
+
+        template <class Args>
+        __device__ __forceinline__ void get(shared &smem, uint32_t tile, const Args &args)
         {
             weight[0] = weight[1] = 1.0f;
             if (!args.topk_weights) return;
-            cp_async_wait<0>();
+            cp_async_wait<1>(); // all but the next tile's
             __syncwarp();
             int32_t own = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-            weight[0] = *at(smem, own);
-            weight[1] = *at(smem, own + 8);
+            weight[0] = smem.row_weight[tile % 2][own];
+            weight[1] = smem.row_weight[tile % 2][own + 8];
         }
     };
 
@@ -794,7 +835,7 @@ struct gemm_wgmma {
     // All tiles of this block. Problem: weights, tokens: the maps; box(col, part, rows) -> coordinates of half the
     // weights of a tile; tokens(), token_stride(): of gathered rows;
     // write(results, sums, weight of this thread's two rows); args, num_cols, k_size; band_tiles: of the
-    // list; kTaken: which number behind num_tiles counts the items taken.
+    // list; kTaken: which number behind num_tiles counts the items taken; k_begin: 0.
     template <class Problem>
     static __device__ __forceinline__ void run(shared &smem, const Problem &problem)
     {
@@ -849,19 +890,18 @@ struct gemm_wgmma {
             set_registers_more<kMathRegisters>();
             uint32_t turn = 0;
             auto rows = router_weights();
-            rows.next(work, args);
+            rows.begin(smem, work, args);
             // What a tile is stays in shared memory: the sums leave few registers.
             for (int32_t num_rows = work.num_rows; num_rows >= 0; ++tile) {
                 float sums[kSums];
                 multiply(
                     sums, smem, at, num_rows, num_steps, turn,
                     [&] { rows.after_first(smem, tile, args); },
-                    [&] { rows.after_last(smem, args); });
-                rows.next(get_work(smem, tile + 1), args);
+                    [&] { rows.after_last(smem, tile, args); });
                 if (static_cast<int32_t>(threadIdx.x / 128 * 64) < get_work(smem, tile).num_rows) {
                     uint32_t last = (at.stage + kStages - 1) % kStages;
                     keep(smem, at, last, tile);
-                    rows.get(smem, args);
+                    rows.get(smem, kFewRegisters ? load_kept(smem).w : tile, args);
                     problem.template write<gemm_wgmma>(results{smem, tile, last}, sums,
                                                        rows.weight);
                     take_back(smem, at, last, tile);
@@ -869,6 +909,8 @@ struct gemm_wgmma {
                         if constexpr (!kGather) fence_proxy_async(); // the copy engine writes next
                         release_stage(smem.read[last]);
                     }
+                } else {
+                    rows.pass(smem, tile, args);
                 }
                 num_rows = get_work(smem, tile + 1).num_rows;
             }

@@ -386,6 +386,7 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_THREADS(wm, wn, wk)    (32 * (wm) * (wn) * (wk))
 #define MOE_GEMM_PRODUCERS_sm80         0 /* warps beside these that only copy */
 #define MOE_GEMM_PRODUCERS_sm90a        4
+#define MOE_GEMM_PRODUCERS_sm90a_split  4
 #define MOE_GEMM_PRODUCERS_sm90a_decode 2 /* one copies, one writes (gate_up); both copy (down) */
 #define MOE_GEMM_PRODUCERS_sm90a_swap   4 /* one feeds the copy engine, two gather */
 #define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)                                                 \
@@ -409,6 +410,9 @@ typedef struct moe_fill_args {
      1024 * 1024)
 #define MOE_GEMM_SMEM_sm80(rows, cols, k, stages)  MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)
 #define MOE_GEMM_SMEM_sm90a(rows, cols, k, stages) MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)
+#define MOE_GEMM_SMEM_sm90a_split(rows, cols, k, stages)                                           \
+    MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)
+#define MOE_SPLIT_BLOCKS 8 /* of a cluster, at most, that split K between them */
 /* The ring, eight warps' results and router weights, 16 items and their barriers, barriers of the ring. */
 #define MOE_GEMM_SMEM_BYTES_sm90a_swap(rows, cols, k, stages)                                      \
     (((stages) * ((rows) + (cols)) * (k) * 2 + 8 * (768 + (rows) * 4) + 16 * 40 + 16 * (stages) +  \
@@ -439,7 +443,9 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_WEIGHT_BOX_sm80(cols)         0
 #define MOE_GEMM_TOKEN_BOX_sm80(rows)          0
 #define MOE_GEMM_WEIGHT_BOX_sm90a(cols)        ((cols) / 2)
+#define MOE_GEMM_WEIGHT_BOX_sm90a_split(cols)  ((cols) / 2)
 #define MOE_GEMM_TOKEN_BOX_sm90a(rows)         64
+#define MOE_GEMM_TOKEN_BOX_sm90a_split(rows)   64
 #define MOE_GEMM_WEIGHT_BOX_sm90a_swap(cols)   ((cols) / 2)
 #define MOE_GEMM_TOKEN_BOX_sm90a_swap(rows)    0
 #define MOE_GEMM_WEIGHT_BOX_sm90a_decode(cols) (cols)
@@ -447,6 +453,7 @@ typedef struct moe_fill_args {
 /* What L2 asks memory for where a copy of weights misses it. */
 #define MOE_GEMM_FETCH_sm80         128
 #define MOE_GEMM_FETCH_sm90a        128
+#define MOE_GEMM_FETCH_sm90a_split  128
 #define MOE_GEMM_FETCH_sm90a_swap   256
 #define MOE_GEMM_FETCH_sm90a_decode 128
 

@@ -52,6 +52,12 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
 }
 
+// mbarrier.expect_tx, "mbarrier.expect_tx": `bytes` more to come, and no arrival. The issuing thread.
+__device__ __forceinline__ void mbarrier_expect_tx(uint32_t bar, uint32_t bytes)
+{
+    asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(bytes) : "memory");
+}
+
 // mbarrier.arrive, "mbarrier.arrive": one arrival. Any thread.
 __device__ __forceinline__ void mbarrier_arrive(uint32_t bar)
 {
@@ -119,6 +125,46 @@ __device__ __forceinline__ void tensor_copy_5d(uint32_t shared, const tensor_map
     asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
                  "[%0], [%1, {%2, %3, %4, %5, %6}], [%7];"
                  :: "r"(shared), "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v), "r"(bar) : "memory");
+}
+
+// %cluster_ctarank, %cluster_nctarank, "special registers": which block of its cluster this is; how many there are.
+__device__ __forceinline__ uint32_t cluster_block()
+{
+    uint32_t r;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+__device__ __forceinline__ uint32_t cluster_blocks()
+{
+    uint32_t r;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
+    return r;
+}
+
+// barrier.cluster.arrive.release, .wait.acquire, "barrier.cluster": all threads of the cluster that have not ended; what they
+// wrote before, shared memory of other blocks included, is visible behind it. By turns.
+__device__ __forceinline__ void cluster_arrive()
+{
+    asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait()
+{
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// mapa.shared::cluster, "mapa": the same address in another block of the cluster.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t shared, uint32_t block)
+{
+    uint32_t r;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(r) : "r"(shared), "r"(block));
+    return r;
+}
+
+// st.shared::cluster.v4, "st": 16 bytes into a block of the cluster. Each thread for itself.
+__device__ __forceinline__ void store_cluster_16(uint32_t address, float a, float b, float c, float d)
+{
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
+                 :: "r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
 // stmatrix .x4, "stmatrix": four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of

@@ -42,6 +42,11 @@ SIZES = [
     (8, 2048, 128, 64, 10),
     (3, 512, 120, 12, 5),  # the same with a tail
     (4, 256, 64, 20, 6),  # six experts in a stage
+    # each warp of down brings the token rows of its own stages, of which it has more than two
+    (8, 256, 512, 40, 4),
+    (7, 264, 520, 30, 5),  # with a tail
+    (8, 4096, 192, 48, 5),  # 32 columns a thread block
+    (8, 136, 512, 17, 17),  # eight rows an expert
     (12, 2048, 128, 40, 10),  # two groups of tokens, 16 columns a thread block
     (16, 512, 512, 30, 8),  # token rows leave room for eight stages of half a copy
 ]
@@ -121,6 +126,14 @@ def test_orders_and_biases(backend, seed, order, bias, routing):
 @pytest.mark.parametrize("routing", ["same", "dropped", "duplicates"])
 def test_routings_with_several_experts_in_a_stage(backend, seed, routing):
     check_layer(backend, make_layer(seed, 3, 256, 128, 14, 6, routing=routing))
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("routing", ["uniform", "half", "dropped", "duplicates"])
+@pytest.mark.parametrize("sizes", [(8, 136, 520, 20, 4), (5, 264, 768, 24, 6)], ids=str)
+def test_warps_that_bring_their_own_token_rows(backend, seed, sizes, routing):
+    """Experts of one to eight tokens; duplicates: there all warps bring all rows."""
+    check_layer(backend, make_layer(seed, *sizes, routing=routing, w2_bias=BF16))
 
 
 @pytest.mark.parametrize("weights_dtype", [F32, BF16, F16], ids=str)

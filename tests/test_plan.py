@@ -20,6 +20,7 @@ COLUMNS = (
 NUM_SMS = (78, 114, 132)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 LARGE_EXPERTS = Model(7168, 2048, 64, 8)
+FEW_EXPERTS = Model(6144, 192, 3, 3), Model(512, 3968, 6, 2), Model(3424, 80, 9, 2)
 MIB = 1 << 20
 LIMIT = 1536 * MIB
 DTYPES = {"bf16": "bfloat16", "f16": "float16"}
@@ -38,7 +39,7 @@ def variants():
 
 def threads(v):
     """Of a thread block: warps that multiply, and on Hopper those that only copy or write."""
-    others = {"sm80": 0, "sm90a": 4, "sm90a_decode": 2, "sm90a_swap": 4}
+    others = {"sm80": 0, "sm90a": 4, "sm90a_decode": 2, "sm90a_swap": 4, "sm90a_split": 4}
     return 32 * (v["wm"] * v["wn"] * v["wk"] + others[v["arch"]])
 
 
@@ -123,7 +124,7 @@ def chosen(**kwargs):
     """Names of the variants that plans over a wide range of layers choose."""
     names, table = set(), variants()
     for num_sms in NUM_SMS:
-        for model in (*MODELS.values(), LARGE_EXPERTS):
+        for model in (*MODELS.values(), LARGE_EXPERTS, *FEW_EXPERTS):
             for tokens in TOKENS:
                 p = plan(tokens, *model, num_sms=num_sms, **kwargs)
                 names |= {table[p[stage]["variant"]]["name"] for stage in ("gate_up", "down")}

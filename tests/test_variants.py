@@ -14,7 +14,7 @@ from fusedmoe import _C, reference
 from support import BF16, F16, F32, check_layer, make_layer, padded, run_layer, same_bits
 from test_gate_up import ALL_ACTIVATIONS
 
-ROW = re.compile(r"moe_(gate_up|down)_bf16_(\d+)(x\d+(?:_sm90a(?:_swap)?)?)$")
+ROW = re.compile(r"moe_(gate_up|down)_bf16_(\d+)(x\d+(?:_sm90a(?:_swap|_split)?)?)$")
 
 
 def pairs():
@@ -128,6 +128,19 @@ def test_padded_rows(variant, seed):
         name: padded(variant, getattr(layer, name), 8) for name in ("hidden_states", "w13", "w2")
     }
     check_layer(variant, layer, **more)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("bias", [None, F32, BF16], ids=str)
+def test_columns_that_end_inside_a_box(variant, seed, bias):
+    """Down of sm90a takes w2's rows in an order that gives a thread eight neighbouring columns.
+    Behind an expert's rows lie others, NaN here."""
+    for hidden_size in (8, 24, 136, 264, 312):
+        layer = make_layer(seed, 200, hidden_size, 72, 3, 2, w2_bias=bias)
+        experts, _, inner = layer.w2.shape
+        rows = np.full((experts, hidden_size + 40, inner), np.nan, layer.w2.dtype)
+        rows[:, :hidden_size] = layer.w2
+        check_layer(variant, layer, w2=variant.put(rows)[:, :hidden_size])
 
 
 def test_bad_token_touches_its_row_only(variant, seed):

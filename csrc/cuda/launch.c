@@ -53,11 +53,14 @@ enum {
 #define PARAMS_sm90a_swap_gate_up   moe_gate_up_args
 #define PARAMS_sm90a_swap_down      moe_down_args
 #define PARAMS_sm90a_swap_experts   moe_experts_args
+#define PARAMS_sm90a_split_gate_up  moe_gate_up_args
+#define PARAMS_sm90a_split_down     moe_down_args
 #define PARAMS_sm90a_decode_gate_up moe_gate_up_decode_args
 #define PARAMS_sm90a_decode_down    moe_down_decode_args
 #define ARCH_sm80                   80
 #define ARCH_sm90a                  90
 #define ARCH_sm90a_swap             90
+#define ARCH_sm90a_split            90
 #define ARCH_sm90a_decode           90
 #define MAPS_sm80_gate_up           0 /* tensor maps: of the weights, then of the token rows */
 #define MAPS_sm80_down              0
@@ -67,11 +70,14 @@ enum {
 #define MAPS_sm90a_swap_gate_up     1
 #define MAPS_sm90a_swap_down        1
 #define MAPS_sm90a_swap_experts     2 /* of w13, of w2 */
+#define MAPS_sm90a_split_gate_up    1
+#define MAPS_sm90a_split_down       2
 #define MAPS_sm90a_decode_gate_up   2 /* of the weights: a stage, and what is left of K */
 #define MAPS_sm90a_decode_down      2
 #define FILE_sm80(stage)            stage /* the .cu file that instantiates the row */
 #define FILE_sm90a(stage)           stage "_sm90a"
 #define FILE_sm90a_swap(stage)      stage "_swap_sm90a"
+#define FILE_sm90a_split(stage)     stage "_split_sm90a"
 #define FILE_sm90a_decode(stage)    stage "_decode_sm90a"
 
 static const moe_kernel_row KERNELS[] = {
@@ -131,6 +137,7 @@ typedef struct geometry {
     int threads;
     int smem_bytes;
     bool dependent; /* may start before the kernel in front of it has ended */
+    int cluster;    /* blocks of one; 0: there are none */
 } geometry;
 
 static atomic_bool synchronise_launches, leave_out_launches, ptx_only;
@@ -182,12 +189,18 @@ static int launch_mapped(int kernel, const geometry *g, void *args, const moe_te
         return moe_fail(err, MOE_ERROR_VALUE, "num_tokens: %s would need %lld thread blocks",
                         KERNELS[kernel].name, (long long)g->blocks);
     if (atomic_load_explicit(&leave_out_launches, memory_order_relaxed)) return MOE_OK;
-    CUlaunchAttribute attributes[1];
+    CUlaunchAttribute attributes[2];
     unsigned num_attributes = 0;
     memset(attributes, 0, sizeof attributes);
     if (g->dependent && state->kernels[kernel].dependent) {
         attributes[num_attributes].id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
         attributes[num_attributes++].value.programmaticStreamSerializationAllowed = 1;
+    }
+    if (g->cluster > 0) {
+        attributes[num_attributes].id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+        attributes[num_attributes].value.clusterDim.x = (unsigned)g->cluster;
+        attributes[num_attributes].value.clusterDim.y = 1;
+        attributes[num_attributes++].value.clusterDim.z = 1;
     }
     CUlaunchConfig config;
     memset(&config, 0, sizeof config);
@@ -265,7 +278,7 @@ int moe_cuda_route(const moe_plan *plan, const moe_route_args *args, int device,
                    moe_error *err)
 {
     const geometry g = {ceil_div(args->num_tokens, plan->route_threads / 32), plan->route_threads,
-                        0, true};
+                        0, true, 0};
     const int32_t variant = moe_route_variant(args);
     if (variant < 0) {
         moe_route_args a = *args;
@@ -281,7 +294,7 @@ int moe_cuda_route_align(const moe_plan *plan, const moe_route_args *route,
 {
     (void)plan;
     moe_route_align_args a = {plain_args(route), *align};
-    const geometry g = {1, MOE_ROUTE_ALIGN_THREADS, 0, true};
+    const geometry g = {1, MOE_ROUTE_ALIGN_THREADS, 0, true, 0};
     return launch(KERNEL_LAST_ROUTE + 1 + moe_route_variant(route), &g, &a, device, stream, err);
 }
 
@@ -290,7 +303,7 @@ int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device,
 {
     moe_align_args a = *args;
     const moe_align_plan *align = &plan->align;
-    geometry g = {align->blocks, align->threads, 0, true};
+    geometry g = {align->blocks, align->threads, 0, true, 0};
     if (align->kind == MOE_ALIGN_FEW) return launch(KERNEL_ALIGN_FEW, &g, &a, device, stream, err);
     int64_t piece = ceil_div(a.num_tokens * a.topk, a.num_blocks);
     if (align->kind == MOE_ALIGN_TWICE) {
@@ -308,7 +321,7 @@ int moe_cuda_align_tiles(const moe_plan *plan, const moe_align_args *args, int d
 {
     (void)plan;
     moe_align_args a = *args;
-    const geometry g = {1, MOE_ALIGN_THREADS, 0, true};
+    const geometry g = {1, MOE_ALIGN_THREADS, 0, true, 0};
     return launch(KERNEL_ALIGN_TILES, &g, &a, device, stream, err);
 }
 
@@ -318,7 +331,10 @@ int moe_cuda_align_pad(const moe_plan *plan, const moe_pad_args *args, int devic
     moe_pad_args a = *args;
     const int64_t blocks = a.sorted_token_ids ? ceil_div(a.capacity, MOE_ALIGN_THREADS) : 1,
                   most = 2 * plan->num_sms;
-    const geometry g = {blocks < 1 ? 1 : blocks < most ? blocks : most, MOE_ALIGN_THREADS, 0, true};
+    const geometry g = {blocks < 1      ? 1
+                        : blocks < most ? blocks
+                                        : most,
+                        MOE_ALIGN_THREADS, 0, true, 0};
     return launch(KERNEL_ALIGN_PAD, &g, &a, device, stream, err);
 }
 
@@ -326,7 +342,8 @@ static geometry gemm_geometry(const moe_gemm_plan *gemm, int32_t max_tiles)
 {
     int64_t blocks = (int64_t)gemm->grid_cols * max_tiles;
     if (gemm->max_blocks > 0 && blocks > gemm->max_blocks) blocks = gemm->max_blocks;
-    const geometry g = {blocks, gemm->threads, gemm->smem_bytes, true};
+    if (gemm->cluster_blocks > 0) blocks *= gemm->cluster_blocks;
+    const geometry g = {blocks, gemm->threads, gemm->smem_bytes, true, gemm->cluster_blocks};
     return g;
 }
 
@@ -406,6 +423,17 @@ int moe_cuda_gate_up_decode(const moe_plan *plan, const moe_gate_up_decode_args 
                          err);
 }
 
+/* w2 for the kernels whose results leave from registers: [experts, 4, hidden_size / 4, I]. A box is every fourth row of four
+ * times as many, then the rows one further, and so on: down_wgmma.cuh has use for that order. */
+static moe_tensor_key w2_fourths_key(const moe_down_args *a, int32_t box_rows)
+{
+    moe_tensor_key key =
+        tensor_key(a->w2, a->dtype, box_rows / 4, a->intermediate_size, a->hidden_size / 4, 4,
+                   a->num_experts, 4 * a->w2_row_stride, a->w2_row_stride, a->w2_expert_stride);
+    key.box_halves = 4;
+    return key;
+}
+
 /* args: moe_down_args or what begins with them. */
 static int launch_down(const moe_plan *plan, const moe_down_args *a, void *args, int device,
                        void *stream, moe_error *err)
@@ -413,7 +441,9 @@ static int launch_down(const moe_plan *plan, const moe_down_args *a, void *args,
     geometry g = gemm_geometry(&plan->down, plan->max_tiles);
     /* down reads the work list before it waits, which only gate_up in front of it makes safe */
     g.dependent = plan->problem.operation != MOE_OP_DOWN;
-    moe_tensor_key keys[2] = {w2_key(a, plan->down.weight_box),
+    const int32_t box = plan->down.weight_box;
+    const bool fourths = plan->down.token_box > 0 && plan->down.cluster_blocks == 0; /* of sm90a */
+    moe_tensor_key keys[2] = {fourths ? w2_fourths_key(a, box) : w2_key(a, box),
                               tensor_key(a->intermediate, a->dtype, plan->down.token_box,
                                          a->intermediate_size, a->num_slots, 1, 1,
                                          a->intermediate_stride, 0, 0)};
@@ -461,7 +491,7 @@ int moe_cuda_combine(const moe_plan *plan, const moe_combine_args *args, int dev
     if (a.dtype != MOE_BF16) ++kernel;
     const int32_t tokens = MOE_COMBINE_IN_FLIGHT / (slots > 0 ? slots : MOE_COMBINE_IN_FLIGHT);
     const int64_t blocks = MOE_COMBINE_BLOCKS(ceil_div(a.num_tokens, tokens), a.hidden_size);
-    const geometry g = {blocks < (1 << 30) ? blocks : 1 << 30, MOE_COMBINE_THREADS, 0, true};
+    const geometry g = {blocks < (1 << 30) ? blocks : 1 << 30, MOE_COMBINE_THREADS, 0, true, 0};
     return launch(kernel, &g, &a, device, stream, err);
 }
 
@@ -470,7 +500,7 @@ int moe_cuda_fill(const moe_plan *plan, const moe_fill_args *args, int device, v
 {
     moe_fill_args a = *args;
     const int64_t most = (int64_t)MOE_FILL_BLOCKS * plan->num_sms;
-    const geometry g = {a.num_tokens < most ? a.num_tokens : most, MOE_FILL_THREADS, 0, true};
+    const geometry g = {a.num_tokens < most ? a.num_tokens : most, MOE_FILL_THREADS, 0, true, 0};
     return launch(KERNEL_DOWN_FILL, &g, &a, device, stream, err);
 }
 
