@@ -190,9 +190,10 @@ static double weight_bytes(const gemm_shape *s)
  * matters. */
 static double persistent_us(const variant *v, const gemm_shape *s, const moe_device_info *d)
 {
-    const double start_us = 3.0,       /* launch, first bytes of the ring, the last epilogue */
-        tile_us = 2.3 * v->cols / 256, /* the part of an epilogue that nothing hides */
-        mma_share = 0.84;              /* of the device's matrix rate */
+    /* launch, first bytes of the ring, the last epilogue; down's ring is full before it may begin */
+    const double start_us = v->stage == STAGE_down ? 1.4 : 3.0,
+                 tile_us = 2.3 * v->cols / 256, /* the part of an epilogue that nothing hides */
+        mma_share = 0.84;                       /* of the device's matrix rate */
     double tiles = expected_tiles(s, v->rows);
     double share = tiles * (double)ceil_div(s->weight_rows, v->cols) / d->num_sms;
     share = share < 8.0 ? ceil(share) : share + 0.5;
@@ -250,7 +251,8 @@ static double variant_us(const variant *v, const gemm_shape *s, const moe_device
 static double stream_us(const variant *v, const gemm_shape *s, double bytes,
                         const moe_device_info *d)
 {
-    const double start_us = 3.0, rate_share = 0.965, end_share = 0.093;
+    const bool early = v->stage == STAGE_down && v->arch != ARCH_sm90a_swap; /* its ring is full */
+    const double start_us = early ? 1.4 : 3.0, rate_share = 0.965, end_share = 0.093;
     const double end_bytes =
         (double)(ceil_div(s->depth, v->k) * v->k * v->cols) * (double)s->element_bytes * d->num_sms;
     return start_us + (bytes / rate_share + end_share * end_bytes) / d->read_bytes_per_us;
@@ -260,8 +262,9 @@ static double stream_us(const variant *v, const gemm_shape *s, double bytes,
  * each further tile of an expert. */
 static double swap_us(const variant *v, const gemm_shape *s, const moe_device_info *d)
 {
-    const double fill_us = 1.6, item_us = 1.0, result_us = 0.31 / 8192, half = 0.6,
-                 mma_share = 0.55, l2_bytes_per_us_sm = 8e4, again = 0.33, row_times = 1.2;
+    const double fill_us = 1.6, item_us = v->rows > 32 ? 1.3 : 1.0, result_us = 0.31 / 8192,
+                 half = 0.6, mma_share = v->rows > 32 ? 0.5 : 0.55, l2_bytes_per_us_sm = 8e4,
+                 again = 0.33, row_times = 1.2;
     const double tiles = expected_tiles(s, v->rows), all_rows = s->experts * s->rows_per_expert;
     const double rows = fmin(v->rows, all_rows / tiles); /* of a tile, on average */
     double items = tiles * (double)ceil_div(s->weight_rows, v->cols) / d->num_sms;
@@ -319,7 +322,7 @@ static int32_t split_blocks(const variant *v, const gemm_shape *s, const moe_dev
     static const int32_t CLUSTERS[MOE_SPLIT_BLOCKS] = {132, 66, 39, 30, 22, 17, 15, 15};
     const int64_t fewest_steps = 5;
     const bool gathers = v->stage == STAGE_gate_up;
-    const double start_us = 2.1, tile_us = 0.77, sums_us = 0.58, sent_us = 6.1e-5, /* a byte */
+    const double start_us = 1.4, tile_us = 0.77, sums_us = 0.58, sent_us = 6.1e-5, /* a byte */
         step_us = gathers ? 0.137 : 0.172, group_us = gathers ? 0.069 : 0.0,
                  math_us = gathers ? 0.1 : 0.087, l2_bytes_per_us = 6.0e6;
     const double tiles = expected_tiles(s, v->rows), width = v->cols / 128.0,
