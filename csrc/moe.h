@@ -220,6 +220,7 @@ typedef struct moe_gemm_plan {
     int32_t max_blocks;            /* that walk over the tiles; 0: a thread block for each */
     int32_t cluster_blocks;        /* that split K of a tile between them; 0: one for all of it */
     int32_t weight_box, token_box; /* rows that a tensor copy brings; 0: none */
+    int32_t weight_fourths;        /* 1: weight rows come as every fourth, then those behind them */
     int32_t fetch_bytes;           /* of weights that L2 asks memory for at once */
     int32_t ring_stages, box_chunks,
         copies;              /* decode: of the ring; pieces of K in a copy, copies in a stage */

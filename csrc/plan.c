@@ -434,6 +434,8 @@ static void fill_gemm(moe_gemm_plan *g, int32_t row, const gemm_shape *s, const 
     g->cluster_blocks = v->arch == ARCH_sm90a_split ? split_blocks(v, s, d, &split_us) : 0;
     g->weight_box = v->weight_box;
     g->token_box = v->token_box;
+    g->weight_fourths =
+        v->arch == ARCH_sm90a && (v->stage == STAGE_down || v->stage == STAGE_down_add);
     /* Two pieces of a row in one stage need it nowhere. Else 256 bytes gained 2 to 5 % on an H100, and lost as much in
      * prefill on an H200, whose memory is faster. */
     const double h100_bytes_per_us = 3.5e6;

@@ -442,8 +442,7 @@ static int launch_down(const moe_plan *plan, const moe_down_args *a, void *args,
     /* down reads the work list before it waits, which only gate_up in front of it makes safe */
     g.dependent = plan->problem.operation != MOE_OP_DOWN;
     const int32_t box = plan->down.weight_box;
-    const bool fourths = plan->down.token_box > 0 && plan->down.cluster_blocks == 0; /* of sm90a */
-    moe_tensor_key keys[2] = {fourths ? w2_fourths_key(a, box) : w2_key(a, box),
+    moe_tensor_key keys[2] = {plan->down.weight_fourths ? w2_fourths_key(a, box) : w2_key(a, box),
                               tensor_key(a->intermediate, a->dtype, plan->down.token_box,
                                          a->intermediate_size, a->num_slots, 1, 1,
                                          a->intermediate_stride, 0, 0)};
