@@ -617,10 +617,7 @@ struct gemm_wgmma {
         for (int r = 0; r < 16; r += kAtOnce) {
             if (row + r < end) {
                 uint4 held = load_shared_16(out_chunk(out, row + r, chunk / 8));
-                if constexpr (kGather)
-                    __stwb(reinterpret_cast<uint4 *>(to), held); // down reads it soon
-                else
-                    __stcs(reinterpret_cast<uint4 *>(to), held); // more than L2 holds
+                __stwb(reinterpret_cast<uint4 *>(to), held); // down reads it soon
             }
             to += kAtOnce * stride;
         }
@@ -906,7 +903,6 @@ struct gemm_wgmma {
                                                        rows.weight);
                     take_back(smem, at, last, tile);
                     if constexpr (kOutInRing) {
-                        if constexpr (!kGather) fence_proxy_async(); // the copy engine writes next
                         release_stage(smem.read[last]);
                     }
                 } else {
