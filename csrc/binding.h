@@ -121,6 +121,7 @@ typedef struct module_state {
     int portable_kernels;        /* _restrict_plans: no kernel made for one architecture alone */
     int plan_tile_rows;          /* and only GEMM variants of this height; 0: all */
     int plan_gate_up, plan_down; /* _fix_plans: 1 + the row of the table; 0: all */
+    int plan_high;               /* and tiles of MOE_HIGH_ROWS: as in moe_device_info */
     int plan_apart;              /* and no gate_up and down in one launch */
     unsigned plan_switches;      /* calls of _restrict_plans and _fix_plans */
     int64_t workspace_limit;     /* FUSEDMOE_WORKSPACE_LIMIT or the default */
@@ -144,6 +145,7 @@ static inline void restrict_plans(const module_state *state, moe_device_info *in
     info->gate_up_row = state->plan_gate_up;
     info->down_row = state->plan_down;
     info->apart = state->plan_apart;
+    info->high = state->plan_high;
 }
 
 /* ---- parse.c --------------------------------------------------------------------------------- */

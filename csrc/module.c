@@ -557,16 +557,18 @@ static PyObject *py_workspace_size(PyObject *module, PyObject *const *args, Py_s
     return PyLong_FromLongLong(plan.workspace.total + room);
 }
 
-/* _restrict_plans(portable, tile_rows, apart=False): a private switch for benchmarks and tests, which run kernels that
+/* _restrict_plans(portable, tile_rows, apart=False, high=0): a private switch for benchmarks and tests, which run kernels that
  * the plan would not choose on this GPU or for layers so small. */
 static PyObject *py_restrict_plans(PyObject *module, PyObject *args)
 {
     module_state *state = PyModule_GetState(module);
-    int portable = 0, tile_rows = 0, apart = 0;
-    if (!PyArg_ParseTuple(args, "pi|p:_restrict_plans", &portable, &tile_rows, &apart)) return NULL;
+    int portable = 0, tile_rows = 0, apart = 0, high = 0;
+    if (!PyArg_ParseTuple(args, "pi|pi:_restrict_plans", &portable, &tile_rows, &apart, &high))
+        return NULL;
     state->portable_kernels = portable;
     state->plan_tile_rows = tile_rows;
     state->plan_apart = apart;
+    state->plan_high = high;
     memset(&state->plans, 0, sizeof state->plans); /* made under the other setting */
     ++state->plan_switches;
     return Py_NewRef(Py_None);
@@ -723,7 +725,8 @@ static PyMethodDef METHODS[] = {
      "GPUs that the driver shows; RuntimeError without a driver."},
     {"info", py_info, METH_NOARGS, "Facts about this build and machine, as a dict."},
     {"_restrict_plans", py_restrict_plans, METH_VARARGS,
-     "(portable, tile_rows, apart=False): plans take no kernel made for one architecture; only "
+     "(portable, tile_rows, apart=False, high=0): plans take no kernel made for one architecture; "
+     "only "
      "this "
      "height; gate_up and down in launches of their own."},
     {"_fix_plans", py_fix_plans, METH_VARARGS,

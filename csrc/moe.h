@@ -189,13 +189,14 @@ typedef struct moe_problem {
 typedef struct moe_device_info {
     moe_backend backend;
     int32_t device;
-    int32_t num_sms;        /* threads on the CPU */
-    int32_t capability;     /* 90 for sm_90; on the CPU the level of simd.h */
-    int32_t hopper;         /* 1: runs the kernels made for sm_90a */
-    int32_t tile_rows;      /* tests: only variants of this height, where there are any; 0: all */
-    int32_t gate_up_row;    /* tests: 1 + the row of gemm_variants.def, no other; 0: all; */
-    int32_t down_row;       /* the same; both -1: the kernels of decode wherever they can */
-    int32_t apart;          /* tests: 1: gate_up and down in launches of their own */
+    int32_t num_sms;     /* threads on the CPU */
+    int32_t capability;  /* 90 for sm_90; on the CPU the level of simd.h */
+    int32_t hopper;      /* 1: runs the kernels made for sm_90a */
+    int32_t tile_rows;   /* tests: only variants of this height, where there are any; 0: all */
+    int32_t gate_up_row; /* tests: 1 + the row of gemm_variants.def, no other; 0: all; */
+    int32_t down_row;    /* the same; both -1: the kernels of decode wherever they can */
+    int32_t apart;       /* tests: 1: gate_up and down in launches of their own */
+    int32_t high;        /* tests: high_cost; 0: the plan's choice, -1: no tiles of MOE_HIGH_ROWS */
     int32_t smem_per_block; /* bytes, opt-in maximum */
     int32_t smem_per_sm;    /* bytes */
     int64_t l2_bytes;
@@ -250,7 +251,8 @@ typedef struct moe_plan {
     int64_t num_chunks;
     int32_t decode;     /* 1: no align and no combine; gate_up and down read topk_ids themselves */
     int32_t one_launch; /* 1: gate_up and down, by the variant of both */
-    int32_t adds;       /* 1: out is filled, then down adds its rows: not deterministic */
+    int32_t high_rows, high_cost; /* in one launch: what align may choose, as in moe_align_args */
+    int32_t adds;                 /* 1: out is filled, then down adds its rows: not deterministic */
     moe_align_plan align;
     int32_t route_threads; /* of a block; a warp for each token */
     int32_t tile_rows;

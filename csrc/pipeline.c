@@ -213,6 +213,8 @@ static moe_align_args align_args(const run *r, int64_t first_token, int64_t num_
     a.ids_dtype = p->ids_dtype;
     a.tile_rows = plan->tile_rows;
     a.max_tiles = plan->max_tiles;
+    a.high_rows = plan->high_rows;
+    a.high_cost = plan->high_cost;
     a.num_blocks = plan->align.blocks;
     return a;
 }

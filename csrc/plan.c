@@ -23,7 +23,8 @@ enum {
     ARCH_sm90a = 90,
     ARCH_sm90a_decode = 91,
     ARCH_sm90a_swap = 92,
-    ARCH_sm90a_split = 93
+    ARCH_sm90a_split = 93,
+    ARCH_sm90a_high = 94
 };
 enum {
     STAGE_gate_up = MOE_OP_GATE_UP,
@@ -551,7 +552,7 @@ static void lay_out(const moe_plan *plan, int64_t chunk_tokens, moe_workspace *w
     w->row_of_slot = take(&total, layer || block, slots * 4);
     w->tiles =
         take(&total, list, most_tiles(p, slots, SMALLEST_TILE_ROWS) * (int64_t)sizeof(moe_tile));
-    w->num_tiles = take(&total, list, 12); /* and two counters behind it */
+    w->num_tiles = take(&total, list, 16); /* and what stands behind it */
     w->counts = take(&total, gpu && (block || aligns(p)) && align.kind == MOE_ALIGN_TWICE,
                      (int64_t)align.blocks * p->num_experts * 4);
     w->intermediate = take(&total, layer, slots * plan->intermediate_stride * bytes);
@@ -647,8 +648,8 @@ static bool join_gemms(moe_plan *plan, const moe_device_info *d, const gemm_shap
         else if (VARIANTS[plan->gate_up.variant].arch != ARCH_sm90a_swap ||
                  VARIANTS[plan->down.variant].arch != ARCH_sm90a_swap)
             return false;
-    } else if (VARIANTS[plan->gate_up.variant].arch != ARCH_sm90a_swap ||
-               VARIANTS[plan->down.variant].arch != ARCH_sm90a_swap) {
+    } else if (d->high <= 0 && (VARIANTS[plan->gate_up.variant].arch != ARCH_sm90a_swap ||
+                                VARIANTS[plan->down.variant].arch != ARCH_sm90a_swap)) {
         return false;
     }
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
@@ -660,6 +661,32 @@ static bool join_gemms(moe_plan *plan, const moe_device_info *d, const gemm_shap
         return true;
     }
     return false;
+}
+
+/* Tiles of the height that uniform routing asks for are read again and again where few experts have most of the rows. Only
+ * align knows: where there are many more of them than of high ones, it makes those, and the launch does them by the loops of
+ * prefill behind its own (experts_high_sm90a.cu). */
+static void offer_high(moe_plan *plan, const moe_device_info *d)
+{
+    const moe_problem *p = &plan->problem;
+    if (!plan->one_launch || d->high < 0) return;
+    /* measured: with fewer items, where all tokens go to the same experts, high tiles are no faster */
+    const int64_t cols = ceil_div((p->gated ? 2 : 1) * (int64_t)p->intermediate_size,
+                                  MOE_HIGH_UP_COLS),
+                  items = p->topk * ceil_div(plan->chunk_tokens, MOE_HIGH_ROWS) * cols;
+    const bool worth = plan->chunk_tokens > MOE_HIGH_ROWS && items > d->num_sms * 2 / 5;
+    if (d->high == 0 && !worth) return;
+    for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
+        const variant *v = &VARIANTS[i];
+        if (v->arch != ARCH_sm90a_high || v->rows != plan->tile_rows ||
+            !usable(v, STAGE_experts, p, d))
+            continue;
+        plan->gate_up.variant = plan->down.variant = i;
+        plan->gate_up.smem_bytes = plan->down.smem_bytes = v->smem_bytes;
+        plan->high_rows = MOE_HIGH_ROWS;
+        plan->high_cost =
+            d->high > 0 ? d->high : 48; /* a high tile takes as long as three of 32 rows */
+    }
 }
 
 /* Where sums may be in any order: down adds its rows into out, if the table has its tile for that. Measured on an H200
@@ -884,6 +911,7 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
         if (!joined && !choose_decode(plan, device, &gate_up, &down))
             join_gemms(plan, device, &gate_up, &down);
         choose_adds(plan, device, &down);
+        offer_high(plan, device);
     }
     plan->max_tiles = (int32_t)most_tiles(p, slots, plan->tile_rows);
 

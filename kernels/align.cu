@@ -252,10 +252,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         first = min(max(args.expert_offsets[expert], 0), num_slots);
         rows = min(max(args.expert_offsets[expert + 1], first), num_slots) - first;
     }
-    int32_t tiles = tiles_of(args, rows);
+    int32_t tiles = tiles_of(args, args.tile_rows, rows);
     expert_scan scan = scan_experts(args.num_experts, 0, tiles);
     if (expert == 0) write_num_tiles(args, scan.num_tiles);
-    write_tiles(args, first, rows, tiles, scan.first_tile);
+    write_tiles(args, args.tile_rows, first, rows, tiles, scan.first_tile);
 }
 
 // Every block makes all starts again: a scan of a few hundred counts is shorter than a launch.

@@ -14,7 +14,7 @@ static constexpr int kMaxExperts = 1024;
 struct alignas(16) expert_place {
     int32_t start;            // row of the block's first slot
     int32_t before;           // rows of the expert in front of it
-    int32_t rows, first_tile; // of the expert
+    int32_t rows, first_tile; // of the expert; ~first_tile of tiles of high_rows
 };
 
 // Views into dynamic shared memory, MOE_ALIGN_SMEM_BYTES of it.
@@ -201,14 +201,16 @@ struct slot_keys {
 // are the caller's, one is inside.
 struct expert_scan {
     int32_t first_row, first_tile, num_rows, num_tiles;
+    int32_t first_high, num_high; // tiles of another height, where they are asked for
 };
 
+template <bool kHigh = false>
 static __device__ __forceinline__ expert_scan scan_experts(int32_t num_experts, uint32_t rows,
-                                                           uint32_t tiles)
+                                                           uint32_t tiles, uint32_t high = 0)
 {
-    __shared__ uint32_t row_totals[32], tile_totals[32];
+    __shared__ uint32_t row_totals[32], tile_totals[32], high_totals[kHigh ? 32 : 1];
     int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint32_t row_sum = rows, tile_sum = tiles;
+    uint32_t row_sum = rows, tile_sum = tiles, high_sum = high;
     if (warp * 32 < num_experts) {
 #pragma unroll
         for (int offset = 1; offset < 32; offset *= 2) {
@@ -218,10 +220,15 @@ static __device__ __forceinline__ expert_scan scan_experts(int32_t num_experts, 
                 row_sum += row_below;
                 tile_sum += tile_below;
             }
+            if constexpr (kHigh) {
+                uint32_t high_below = __shfl_up_sync(0xffffffffu, high_sum, offset);
+                if (lane >= offset) high_sum += high_below;
+            }
         }
         if (lane == 31) {
             row_totals[warp] = row_sum;
             tile_totals[warp] = tile_sum;
+            if constexpr (kHigh) high_totals[warp] = high_sum;
         }
     }
     __syncthreads();
@@ -233,36 +240,43 @@ static __device__ __forceinline__ expert_scan scan_experts(int32_t num_experts, 
     scan.first_row = __reduce_add_sync(0xffffffffu, lane < warp ? row_total : 0) + row_sum - rows;
     scan.first_tile =
         __reduce_add_sync(0xffffffffu, lane < warp ? tile_total : 0) + tile_sum - tiles;
+    scan.first_high = scan.num_high = 0;
+    if constexpr (kHigh) {
+        uint32_t high_total = used ? high_totals[lane] : 0;
+        scan.num_high = __reduce_add_sync(0xffffffffu, high_total);
+        scan.first_high =
+            __reduce_add_sync(0xffffffffu, lane < warp ? high_total : 0) + high_sum - high;
+    }
     return scan;
 }
 
 // Tiles are as high as a power of two, but need not be: a division takes longer than all else about them.
-static __device__ __forceinline__ uint32_t divide_by_height(const moe_align_args &args, uint32_t x)
+static __device__ __forceinline__ uint32_t divide_by_height(uint32_t height, uint32_t x)
 {
-    uint32_t height = args.tile_rows;
     return height & (height - 1) ? x / height : x >> (31 - __clz(height));
 }
 
-static __device__ __forceinline__ int32_t tiles_of(const moe_align_args &args, int32_t rows)
+static __device__ __forceinline__ int32_t tiles_of(const moe_align_args &args, int32_t height,
+                                                   int32_t rows)
 {
     if (!args.tiles) return 0;
-    return static_cast<int32_t>(
-        divide_by_height(args, static_cast<uint32_t>(rows) + args.tile_rows - 1));
+    return static_cast<int32_t>(divide_by_height(height, static_cast<uint32_t>(rows) + height - 1));
 }
 
 // The tiles of the thread's expert: it writes up to kOwnTiles, its warp what is more.
-static __device__ __forceinline__ void write_tiles(const moe_align_args &args, int32_t first_row,
-                                                   int32_t rows, int32_t tiles, int32_t first_tile)
+static __device__ __forceinline__ void write_tiles(const moe_align_args &args, int32_t height,
+                                                   int32_t first_row, int32_t rows, int32_t tiles,
+                                                   int32_t first_tile)
 {
     constexpr int kOwnTiles = 8;
     int32_t lane = threadIdx.x % 32, expert = threadIdx.x;
     // unsigned: a caller's own expert_offsets may overlap so often that the count of tiles goes round
     auto write = [&](int32_t at, int32_t to, int32_t begin, int32_t left) {
         if (static_cast<uint32_t>(at) < static_cast<uint32_t>(args.max_tiles))
-            args.tiles[at] = {to, begin, min(left, args.tile_rows), 0};
+            args.tiles[at] = {to, begin, min(left, height), 0};
     };
     for (int32_t i = 0; i < min(tiles, kOwnTiles); ++i)
-        write(first_tile + i, expert, first_row + i * args.tile_rows, rows - i * args.tile_rows);
+        write(first_tile + i, expert, first_row + i * height, rows - i * height);
     uint32_t more = __ballot_sync(0xffffffffu, tiles > kOwnTiles);
     for (; more; more &= more - 1) {
         int32_t from = __ffs(more) - 1;
@@ -271,16 +285,19 @@ static __device__ __forceinline__ void write_tiles(const moe_align_args &args, i
         int32_t their_row = __shfl_sync(0xffffffffu, first_row, from);
         int32_t their_tile = __shfl_sync(0xffffffffu, first_tile, from);
         for (int32_t i = kOwnTiles + lane; i < their_tiles; i += 32)
-            write(their_tile + i, expert - lane + from, their_row + i * args.tile_rows,
-                  their_rows - i * args.tile_rows);
+            write(their_tile + i, expert - lane + from, their_row + i * height,
+                  their_rows - i * height);
     }
 }
 
-static __device__ __forceinline__ void write_num_tiles(const moe_align_args &args, int32_t tiles)
+static __device__ __forceinline__ void write_num_tiles(const moe_align_args &args, int32_t tiles,
+                                                       bool high = false)
 {
-    args.num_tiles[0] = static_cast<int32_t>(
+    const int32_t written = static_cast<int32_t>(
         min(static_cast<uint32_t>(tiles), static_cast<uint32_t>(args.max_tiles)));
+    args.num_tiles[0] = high ? 0 : written;
     args.num_tiles[1] = args.num_tiles[2] = 0; // taken by gate_up, by down (gemm_wgmma.cuh)
+    args.num_tiles[3] = high ? written : 0;
 }
 
 // A block that is alone writes an expert's tiles by the expert's thread; of many blocks each those that begin with one of
@@ -295,19 +312,25 @@ static __device__ __forceinline__ bool tiles_by_slot(const moe_align_args &args)
 static __device__ __forceinline__ void
 place_experts(const moe_align_args &args, const bit_matrix &matrix, int32_t rows, int32_t before)
 {
-    const int32_t expert = threadIdx.x, tiles = tiles_of(args, rows);
-    const expert_scan scan = scan_experts(args.num_experts, rows, tiles);
+    const int32_t expert = threadIdx.x, tiles = tiles_of(args, args.tile_rows, rows);
+    const int32_t high_tiles = args.high_rows ? tiles_of(args, args.high_rows, rows) : 0;
+    const expert_scan scan = scan_experts<true>(args.num_experts, rows, tiles, high_tiles);
+    const bool high =
+        args.high_rows && scan.num_tiles * 16ll >= int64_t{args.high_cost} * scan.num_high;
+    const int32_t first_tile = high ? scan.first_high : scan.first_tile;
     const bool last = blockIdx.x == gridDim.x - 1; // has the fewest slots
     if (expert < args.num_experts) {
-        matrix.places[expert] = {scan.first_row + before, before, rows, scan.first_tile};
+        matrix.places[expert] = {scan.first_row + before, before, rows,
+                                 high ? ~first_tile : first_tile};
         if (last) args.expert_offsets[expert] = scan.first_row;
     }
     if (last && expert == 0) {
         args.expert_offsets[args.num_experts] = scan.num_rows;
-        if (args.tiles) write_num_tiles(args, scan.num_tiles);
+        if (args.tiles) write_num_tiles(args, high ? scan.num_high : scan.num_tiles, high);
     }
     if (args.tiles && !tiles_by_slot(args))
-        write_tiles(args, scan.first_row, rows, tiles, scan.first_tile);
+        write_tiles(args, high ? args.high_rows : args.tile_rows, scan.first_row, rows,
+                    high ? high_tiles : tiles, first_tile);
 }
 
 // A slot, the block's at-th.
@@ -324,11 +347,13 @@ static __device__ __forceinline__ void place_slot(const moe_align_args &args,
     args.row_of_slot[slot] = row;
     args.sorted_token_ids[row] = slot;
     if (!tiles_by_slot(args)) return;
+    const bool high = place.first_tile < 0;
+    const int32_t height = high ? args.high_rows : args.tile_rows;
     const int32_t within = place.before + own;
-    const int32_t tile = static_cast<int32_t>(divide_by_height(args, within));
-    const int32_t number = place.first_tile + tile;
-    if (tile * args.tile_rows == within && number < args.max_tiles)
-        args.tiles[number] = {expert, row, min(place.rows - within, args.tile_rows), 0};
+    const int32_t tile = static_cast<int32_t>(divide_by_height(height, within));
+    const int32_t number = (high ? ~place.first_tile : place.first_tile) + tile;
+    if (tile * height == within && number < args.max_tiles)
+        args.tiles[number] = {expert, row, min(place.rows - within, height), 0};
 }
 
 #endif

@@ -7,7 +7,7 @@
 #include "gemm_swap.cuh"
 
 template <class T>
-struct down_problem {
+struct down_swap_problem {
     const moe_down_args &args;
     const tensor_map *weights;
     int32_t num_cols, k_size;

@@ -7,7 +7,7 @@
 #include "gemm_swap.cuh"
 
 template <class T>
-struct gate_up_problem {
+struct gate_up_swap_problem {
     const moe_gate_up_args &args;
     const tensor_map *weights;
     int32_t num_cols, k_size;

@@ -71,6 +71,7 @@ struct gemm_swap {
         // landed: all bytes of a stage and every gathering thread; read: its wgmma are done, one per warp of a group;
         // turn: the other group's warps have seen the last stage of their item land; posted: item n is written
         uint64_t landed[kStages], read[kStages], turn[2], posted[kItems];
+        uint32_t high_tiles, high_item; // where there are no items: what follows (gemm_high.cuh)
     };
     static_assert(sizeof(shared) <= MOE_GEMM_SMEM_BYTES_sm90a_swap(kRows, kCols, kTileK, kStages),
                   "the host launches with the size that its macro gives");
@@ -197,7 +198,7 @@ struct gemm_swap {
     }
 
     // The thread of the copy engine. Behind the last item it posts one that says so: a stage without bytes.
-    template <class First, class... More>
+    template <bool kHigh, class First, class... More>
     static __device__ __forceinline__ void feed(shared &smem, const First &first,
                                                 const More &...more)
     {
@@ -243,6 +244,13 @@ struct gemm_swap {
                 first, more...);
             piece = next;
             entry = next_entry;
+        }
+        if constexpr (kHigh) {
+            smem.high_item = number;
+            smem.high_tiles = list.num_tiles > 0
+                                  ? 0
+                                  : static_cast<uint32_t>(min(__ldcg(first.args.num_tiles + 3),
+                                                              first.args.max_tiles));
         }
         post(smem, n, {0, 0, -1, 0, 0, 0});
         mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
@@ -565,17 +573,43 @@ struct gemm_swap {
     template <class... Problems>
     static __device__ __forceinline__ void run(shared &smem, const Problems &...problems)
     {
+        run_before(smem, nothing{}, problems...);
+    }
+
+    struct nothing {
+        static constexpr bool kThere = false;
+        __device__ __forceinline__ void math(uint32_t, uint32_t) const {}
+        __device__ __forceinline__ void copy(uint32_t, uint32_t) const {}
+    };
+
+    // The same; behind it, where align has left the list empty and says that there are tiles of another height, what does
+    // those: high.math(tiles, item), high.copy(tiles, item), item: the number that this block has taken.
+    template <class High, class... Problems>
+    static __device__ __forceinline__ void run_before(shared &smem, const High &high,
+                                                      const Problems &...problems)
+    {
         start(smem);
         grid_dependency_wait();
         if (threadIdx.x < kMathThreads) {
             set_registers_more<kMathRegisters>();
             grid_launch_dependents();
             math(smem, problems...);
+            if constexpr (High::kThere) {
+                __syncthreads();
+                const uint32_t tiles = smem.high_tiles, item = smem.high_item;
+                if (tiles > 0) high.math(tiles, item);
+            }
         } else {
             set_registers_fewer<kCopyRegisters>();
             uint32_t thread = threadIdx.x - kMathThreads;
-            if (thread == 0) feed(smem, problems...);
+            if (thread == 0) feed<High::kThere>(smem, problems...);
             if (thread / 32 >= 1 && thread / 32 <= kGatherThreads / 32) gather(smem, problems...);
+            if constexpr (High::kThere) {
+                __syncwarp();
+                __syncthreads();
+                const uint32_t tiles = smem.high_tiles, item = smem.high_item;
+                if (tiles > 0) high.copy(tiles, item);
+            }
         }
     }
 };

@@ -95,6 +95,8 @@ struct gemm_wgmma {
     // Where a thread or warp is in the ring; goes on from tile to tile.
     using position = stage_position<kStages>;
 
+    // In shared memory the number of its tile stands above an expert's, where anybody asks for it (gemm_high.cuh).
+    static constexpr int32_t kExpertMask = 0x3ff;
     struct work {
         int32_t expert, row_begin, num_rows, col_begin; // num_rows < 0: past the end of the list
         bool alone; // the only tile of its expert: no other block reads these weights
@@ -115,7 +117,7 @@ struct gemm_wgmma {
         } else {
             held = smem.work[tile % kItems];
         }
-        return {held.x, held.y, held.z, held.w & ~1, (held.w & 1) != 0};
+        return {held.x & kExpertMask, held.y, held.z, held.w & ~1, (held.w & 1) != 0};
     }
 
     // The list as items: all column tiles of kRaster entries, then of the next kRaster entries. With bands: those of the

@@ -187,7 +187,7 @@ typedef struct moe_align_args {
     int32_t *sorted_token_ids; /* [num_slots], written below num_rows: row -> token * topk + slot */
     int32_t *row_of_slot;      /* [num_slots], written: slot -> row, -1 where dropped */
     moe_tile *tiles;    /* [max_tiles], written below num_tiles, or NULL: nobody reads them */
-    int32_t *num_tiles; /* [3], written: tiles; 0, 0: taken by gate_up, by down; or NULL as tiles */
+    int32_t *num_tiles; /* [4], written: tiles; 0, 0: taken; tiles of high_rows; or NULL as tiles */
     int32_t *counts;    /* [num_blocks, num_experts] scratch, or NULL where one launch does all */
     int64_t ids_stride; /* from row to row */
     int64_t expert_start;
@@ -199,6 +199,9 @@ typedef struct moe_align_args {
     int32_t tile_rows;  /* rows per tile */
     int32_t max_tiles;  /* capacity of tiles */
     int32_t num_blocks; /* thread blocks that share the slots */
+    /* 0, or tiles have so many rows instead where their number times high_cost / 16 is not above that of tiles of
+     * tile_rows; num_tiles is 0 then, and their number stands behind the counters. */
+    int32_t high_rows, high_cost;
 } moe_align_args;
 
 /* Stages 1 and 2 in one launch, for few tokens. */
@@ -388,6 +391,7 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_PRODUCERS_sm90a        4
 #define MOE_GEMM_PRODUCERS_sm90a_split  4
 #define MOE_GEMM_PRODUCERS_sm90a_decode 2 /* one copies, one writes (gate_up); both copy (down) */
+#define MOE_GEMM_PRODUCERS_sm90a_high   4
 #define MOE_GEMM_PRODUCERS_sm90a_swap   4 /* one feeds the copy engine, two gather */
 #define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)                                                 \
     ((stages) * ((rows) + (cols)) * (k) * 2 + (rows) * 8)
@@ -420,6 +424,11 @@ typedef struct moe_fill_args {
      1024 * 1024)
 #define MOE_GEMM_SMEM_sm90a_swap(rows, cols, k, stages)                                            \
     MOE_GEMM_SMEM_BYTES_sm90a_swap(rows, cols, k, stages)
+#define MOE_GEMM_SMEM_sm90a_high(rows, cols, k, stages)                                            \
+    (227 * 1024) /* the ring of the higher tiles */
+#define MOE_HIGH_ROWS      128
+#define MOE_HIGH_UP_COLS   192
+#define MOE_HIGH_DOWN_COLS 256
 #define MOE_GEMM_SMEM_sm90a_decode(rows, cols, k, stages)                                          \
     (227 * 1024) /* at most; the plan adds it up */
 #define MOE_GEMM_GRID(max_tiles, weight_rows, cols)                                                \
@@ -448,6 +457,8 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_TOKEN_BOX_sm90a_split(rows)   64
 #define MOE_GEMM_WEIGHT_BOX_sm90a_swap(cols)   ((cols) / 2)
 #define MOE_GEMM_TOKEN_BOX_sm90a_swap(rows)    0
+#define MOE_GEMM_WEIGHT_BOX_sm90a_high(cols)   ((cols) / 2)
+#define MOE_GEMM_TOKEN_BOX_sm90a_high(rows)    0
 #define MOE_GEMM_WEIGHT_BOX_sm90a_decode(cols) (cols)
 #define MOE_GEMM_TOKEN_BOX_sm90a_decode(rows)  0
 /* What L2 asks memory for where a copy of weights misses it. */
@@ -455,6 +466,7 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_FETCH_sm90a        128
 #define MOE_GEMM_FETCH_sm90a_split  128
 #define MOE_GEMM_FETCH_sm90a_swap   256
+#define MOE_GEMM_FETCH_sm90a_high   256
 #define MOE_GEMM_FETCH_sm90a_decode 128
 
 /* align sorts num_slots slots of a block by a matrix of bits in shared memory: a row for each expert, in steps of 4 words
@@ -509,8 +521,8 @@ typedef struct moe_fill_args {
 MOE_ASSERT_SIZE(moe_tile, 16);
 MOE_ASSERT_SIZE(moe_route_args, 280);
 MOE_ASSERT_SIZE(moe_route_plain_args, 128);
-MOE_ASSERT_SIZE(moe_align_args, 120);
-MOE_ASSERT_SIZE(moe_route_align_args, 248);
+MOE_ASSERT_SIZE(moe_align_args, 128);
+MOE_ASSERT_SIZE(moe_route_align_args, 256);
 MOE_ASSERT_SIZE(moe_pad_args, 88);
 MOE_ASSERT_SIZE(moe_gate_up_args, 192);
 MOE_ASSERT_SIZE(moe_down_args, 168);

@@ -46,7 +46,7 @@ static __device__ __forceinline__ void route_align(const moe_route_align_args &a
         end = slots.less_than<1>(slot_keys::first_of(expert + 1));
     }
     const uint32_t height = static_cast<uint32_t>(align.tile_rows);
-    const bool first = key != ~0u && divide_by_height(align, within) * height == within;
+    const bool first = key != ~0u && divide_by_height(height, within) * height == within;
     if (first) atomicOr(&begins[row / 32], 1u << row % 32);
     __syncthreads();
     int32_t tile = 0, tiles = 0; // in front of the row, in all

@@ -46,6 +46,13 @@ __device__ __forceinline__ void fence_proxy_async()
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// fence.proxy.async.global, "membar / fence": between plain writes to global memory and what the copy engine reads of them:
+// by who wrote, before it says so, and by who gives the copy engine its work, behind hearing it. Each thread for itself.
+__device__ __forceinline__ void fence_proxy_async_global()
+{
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // mbarrier.arrive.expect_tx, "mbarrier.arrive": one arrival, and `bytes` more to come. The issuing thread.
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint32_t bar, uint32_t bytes)
 {

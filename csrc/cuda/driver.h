@@ -6,7 +6,7 @@
 
 #include "cuda.h" /* ours */
 
-enum { MOE_MAX_DEVICES = 64, MOE_MAX_KERNELS = 256, MOE_MAX_MAPS = 2 };
+enum { MOE_MAX_DEVICES = 64, MOE_MAX_KERNELS = 256, MOE_MAX_MAPS = 5 };
 
 /* Every driver function we call: name, CUDA version whose signature we were compiled against. Resolved by
  * cuGetProcAddress, so that a driver without one is an error with a sentence and not a failed import. */

@@ -53,6 +53,7 @@ enum {
 #define PARAMS_sm90a_swap_gate_up   moe_gate_up_args
 #define PARAMS_sm90a_swap_down      moe_down_args
 #define PARAMS_sm90a_swap_experts   moe_experts_args
+#define PARAMS_sm90a_high_experts   moe_experts_args
 #define PARAMS_sm90a_split_gate_up  moe_gate_up_args
 #define PARAMS_sm90a_split_down     moe_down_args
 #define PARAMS_sm90a_decode_gate_up moe_gate_up_decode_args
@@ -60,6 +61,7 @@ enum {
 #define ARCH_sm80                   80
 #define ARCH_sm90a                  90
 #define ARCH_sm90a_swap             90
+#define ARCH_sm90a_high             90
 #define ARCH_sm90a_split            90
 #define ARCH_sm90a_decode           90
 #define MAPS_sm80_gate_up           0 /* tensor maps: of the weights, then of the token rows */
@@ -70,6 +72,7 @@ enum {
 #define MAPS_sm90a_swap_gate_up     1
 #define MAPS_sm90a_swap_down        1
 #define MAPS_sm90a_swap_experts     2 /* of w13, of w2 */
+#define MAPS_sm90a_high_experts     5 /* the same, and of w13, w2, intermediate for high tiles */
 #define MAPS_sm90a_split_gate_up    1
 #define MAPS_sm90a_split_down       2
 #define MAPS_sm90a_decode_gate_up   2 /* of the weights: a stage, and what is left of K */
@@ -77,6 +80,7 @@ enum {
 #define FILE_sm80(stage)            stage /* the .cu file that instantiates the row */
 #define FILE_sm90a(stage)           stage "_sm90a"
 #define FILE_sm90a_swap(stage)      stage "_swap_sm90a"
+#define FILE_sm90a_high(stage)      stage "_high_sm90a"
 #define FILE_sm90a_split(stage)     stage "_split_sm90a"
 #define FILE_sm90a_decode(stage)    stage "_decode_sm90a"
 
@@ -393,6 +397,23 @@ int moe_cuda_gate_up(const moe_plan *plan, const moe_gate_up_args *args, int dev
                          stream, err);
 }
 
+/* w2 for the kernels whose results leave from registers: [experts, 4, hidden_size / 4, I]. A box is every fourth row of four
+ * times as many, then the rows one further, and so on: down_wgmma.cuh has use for that order. */
+static moe_tensor_key w2_fourths_key(const moe_down_args *a, int32_t box_rows)
+{
+    moe_tensor_key key =
+        tensor_key(a->w2, a->dtype, box_rows / 4, a->intermediate_size, a->hidden_size / 4, 4,
+                   a->num_experts, 4 * a->w2_row_stride, a->w2_row_stride, a->w2_expert_stride);
+    key.box_halves = 4;
+    return key;
+}
+
+static moe_tensor_key rows_key(const moe_down_args *a, int32_t box_rows)
+{
+    return tensor_key(a->intermediate, a->dtype, box_rows, a->intermediate_size, a->num_slots, 1, 1,
+                      a->intermediate_stride, 0, 0);
+}
+
 int moe_cuda_experts(const moe_plan *plan, const moe_experts_args *args, int device, void *stream,
                      moe_error *err)
 {
@@ -400,10 +421,15 @@ int moe_cuda_experts(const moe_plan *plan, const moe_experts_args *args, int dev
     moe_gemm_plan both = plan->gate_up;
     both.grid_cols += plan->down.grid_cols;
     const geometry g = gemm_geometry(&both, plan->max_tiles);
-    moe_tensor_key keys[2] = {w13_key(&a.gate_up, plan->gate_up.weight_box),
+    moe_tensor_key keys[5] = {w13_key(&a.gate_up, plan->gate_up.weight_box),
                               w2_key(&a.down, plan->down.weight_box)};
     keys[0].fetch_bytes = (uint16_t)plan->gate_up.fetch_bytes;
     keys[1].fetch_bytes = (uint16_t)plan->down.fetch_bytes;
+    if (plan->high_rows) {
+        keys[2] = w13_key(&a.gate_up, MOE_GEMM_WEIGHT_BOX_sm90a(MOE_HIGH_UP_COLS));
+        keys[3] = w2_fourths_key(&a.down, MOE_GEMM_WEIGHT_BOX_sm90a(MOE_HIGH_DOWN_COLS));
+        keys[4] = rows_key(&a.down, MOE_GEMM_TOKEN_BOX_sm90a(MOE_HIGH_ROWS));
+    }
     return launch_mapped(KERNEL_FIRST_VARIANT + plan->gate_up.variant, &g, &a, keys, device, stream,
                          err);
 }
@@ -423,17 +449,6 @@ int moe_cuda_gate_up_decode(const moe_plan *plan, const moe_gate_up_decode_args 
                          err);
 }
 
-/* w2 for the kernels whose results leave from registers: [experts, 4, hidden_size / 4, I]. A box is every fourth row of four
- * times as many, then the rows one further, and so on: down_wgmma.cuh has use for that order. */
-static moe_tensor_key w2_fourths_key(const moe_down_args *a, int32_t box_rows)
-{
-    moe_tensor_key key =
-        tensor_key(a->w2, a->dtype, box_rows / 4, a->intermediate_size, a->hidden_size / 4, 4,
-                   a->num_experts, 4 * a->w2_row_stride, a->w2_row_stride, a->w2_expert_stride);
-    key.box_halves = 4;
-    return key;
-}
-
 /* args: moe_down_args or what begins with them. */
 static int launch_down(const moe_plan *plan, const moe_down_args *a, void *args, int device,
                        void *stream, moe_error *err)
@@ -443,9 +458,7 @@ static int launch_down(const moe_plan *plan, const moe_down_args *a, void *args,
     g.dependent = plan->problem.operation != MOE_OP_DOWN;
     const int32_t box = plan->down.weight_box;
     moe_tensor_key keys[2] = {plan->down.weight_fourths ? w2_fourths_key(a, box) : w2_key(a, box),
-                              tensor_key(a->intermediate, a->dtype, plan->down.token_box,
-                                         a->intermediate_size, a->num_slots, 1, 1,
-                                         a->intermediate_stride, 0, 0)};
+                              rows_key(a, plan->down.token_box)};
     keys[0].fetch_bytes = (uint16_t)plan->down.fetch_bytes;
     return launch_mapped(KERNEL_FIRST_VARIANT + plan->down.variant, &g, args, keys, device, stream,
                          err);

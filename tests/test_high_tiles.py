@@ -1,0 +1,84 @@
+"""Tiles of 128 rows behind the middle kernels, in their launch, where few experts have most of the
+rows: which tiles there are only align knows."""
+
+from dataclasses import replace
+
+import fusedmoe
+import numpy as np
+import pytest
+from fusedmoe import _C
+from support import BF16, F16, F32, assert_close, check_layer, make_layer, run_layer, same_bits
+
+pytestmark = [pytest.mark.gpu, pytest.mark.small]
+
+ALWAYS, NEVER = 1, 1 << 20  # high_cost: sixteenths of a low tile's
+SIZES = [
+    # num_tokens, hidden_size, intermediate_size, num_experts, topk
+    (300, 1032, 264, 12, 3),  # columns that end inside a tile, K inside a stage
+    (700, 512, 320, 130, 2),  # more items than blocks
+    (150, 264, 1544, 5, 3),  # few items: token rows of down wait
+    (3000, 64, 64, 600, 9),  # two launches of align
+]
+
+
+def choose(cost):
+    """Plans have these kernels for every layer; -1: those of before."""
+    _C._restrict_plans(False, 32, False, cost)
+    name = fusedmoe.plan(40, 264, 136, 3, 2)["gate_up"]["name"]
+    assert cost < 0 or name == "moe_experts_bf16_32x128_sm90a_high"
+
+
+@pytest.fixture(autouse=True)
+def low_tiles():
+    yield
+    _C._restrict_plans(False, 0)
+
+
+def same_experts(layer, rng, share):
+    """The first tokens, of that share, on the same experts."""
+    num_tokens, topk = layer.topk_ids.shape
+    ids = layer.topk_ids.copy()
+    ids[: int(num_tokens * share)] = rng.permutation(layer.w13.shape[0])[:topk]
+    return replace(layer, topk_ids=ids)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("share", [0, 0.5, 1])
+def test_against_the_oracle(gpu, rng, seed, sizes, share):
+    """The same bits whatever memory held, and within the bounds of the oracle."""
+    layer = same_experts(make_layer(seed, *sizes), rng, share)
+    choose(ALWAYS)
+    got = run_layer(gpu, layer)
+    for fill in (0, 0xFF, 1, 0x7F):
+        assert same_bits(run_layer(gpu, layer, fill=fill), got)
+    want, error = layer.expected()
+    assert_close(got, want, error, seed=seed)
+
+
+def test_align_chooses_by_the_number_of_tiles(gpu, rng, seed):
+    """Low tiles times 16 against high tiles times the cost; on either side the bits of one kind."""
+    layer = same_experts(make_layer(seed, 640, 1024, 256, 16, 3), rng, 1)
+    choose(NEVER)
+    low = run_layer(gpu, layer)
+    choose(ALWAYS)
+    high = run_layer(gpu, layer)
+    choose(16 * 4)
+    assert same_bits(run_layer(gpu, layer), high)
+    choose(16 * 4 + 1)
+    assert same_bits(run_layer(gpu, layer), low)
+    choose(-1)
+    assert same_bits(run_layer(gpu, layer), low)
+
+
+@pytest.mark.parametrize("routing", ["uniform", "same", "dropped", "none", "duplicates"])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_routings_and_options(gpu, seed, routing, dtype):
+    choose(ALWAYS)
+    more = {"w13_bias": F32, "w2_bias": F32, "shared_output": True, "expert_start": 2}
+    layer = make_layer(seed, 200, 264, 136, 5, 3, dtype, routing=routing, **more)
+    check_layer(gpu, replace(layer, topk_ids=np.where(layer.topk_ids < 0, -1, layer.topk_ids + 2)))
+
+
+def test_weights_on_input(gpu, seed):
+    choose(ALWAYS)
+    check_layer(gpu, make_layer(seed, 200, 264, 136, 5, 3, apply_router_weight_on_input=True))
