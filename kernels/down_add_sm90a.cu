@@ -55,6 +55,6 @@ extern "C" __global__ void __maxnreg__(32) moe_down_fill(const __grid_constant__
         run_gemm<gemm_wgmma<type, false, rows, cols, k, stages>>(                                  \
             down_problem<type, moe_down_add_args>{                                                 \
                 args.stage, &weights, &tokens, args.stage.hidden_size,                             \
-                args.stage.intermediate_size, args.band_tiles, args.scale, args.once != 0});                       \
+                args.stage.intermediate_size, args.band_tiles, args.scale, args.once != 0});       \
     }
 #include "gemm_instances.cuh"

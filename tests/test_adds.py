@@ -136,11 +136,13 @@ def test_unaligned_out_keeps_the_sums_of_combine(gpu, tile, seed):
 @pytest.mark.small
 @pytest.mark.parametrize("routing", ["uniform", "dropped", "none"])
 def test_one_row_a_token_has_the_bits_of_combine(gpu, tile, seed, routing):
-    """topk 1: down writes out itself, also by default; an out of unaligned rows goes through combine."""
+    """topk 1: down writes out itself; an out of unaligned rows goes through combine."""
     layer = make_layer(seed, 300, 264, 136, 3, 1, routing=routing)
     tensors, options = put_layer(gpu, layer)
     flat = Guarded(gpu, (300 * 264,), BF16, offset=1)
-    through_combine = gpu.get(fused_experts(**tensors, **options, out=flat.tensor.reshape(300, 264)))
+    through_combine = gpu.get(
+        fused_experts(**tensors, **options, out=flat.tensor.reshape(300, 264))
+    )
     flat.check("out")
     for deterministic in (True, False):
         got = run_layer(gpu, layer.with_options(deterministic=deterministic))
