@@ -91,12 +91,15 @@ static int run_combine(const run *r, const moe_combine_args *a)
 }
 
 /* What any order of sums allows, on a GPU: out is filled, then down adds its rows. Behind gate_up: out may be
- * hidden_states; where it is not, it is filled while gate_up runs. */
+ * hidden_states; where it is not, it is filled while gate_up runs. Of topk 1 only dropped tokens are filled: down writes
+ * the others. */
 static int run_adding(const run *r, const moe_gate_up_args *gate_up, const moe_down_args *down,
                       const moe_combine_args *combine)
 {
+    const bool once = combine->topk == 1 && !combine->shared_output;
     const moe_fill_args fill = {
         .shared_output = combine->shared_output,
+        .row_of_slot = once ? combine->row_of_slot : NULL,
         .out = combine->out,
         .shared_stride = combine->shared_stride,
         .out_stride = combine->out_stride,
@@ -104,7 +107,7 @@ static int run_adding(const run *r, const moe_gate_up_args *gate_up, const moe_d
         .hidden_size = combine->hidden_size,
         .wait = r->call->out.data == r->call->hidden_states.data,
     };
-    moe_down_add_args add = {*down, combine->scale, (uint32_t)r->plan->down.band_tiles};
+    moe_down_add_args add = {*down, combine->scale, (uint32_t)r->plan->down.band_tiles, once};
     add.stage.rows = combine->out;
     add.stage.rows_stride = combine->out_stride;
     if (run_gate_up(r, gate_up) || moe_cuda_fill(r->plan, &fill, r->device, r->stream, r->err))

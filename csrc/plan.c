@@ -376,6 +376,39 @@ static bool usable(const variant *v, int32_t stage, const moe_problem *p, const 
            v->align_bytes <= p->vector_bytes && v->smem_bytes <= d->smem_per_block;
 }
 
+static bool is_layer(const moe_problem *p)
+{
+    return p->operation == MOE_OP_FUSED_EXPERTS || p->operation == MOE_OP_FUSED_MOE;
+}
+
+/* Whether rows of down may go into out without combine, where the tile does (adding_row): sums in any order were asked for,
+ * or are of one row. Measured on an H200 (docs/notes/combine.md): faster wherever down is of sm90a; fewer than 16 MB of
+ * rows (topk 1: 1 MB) not looked at. */
+static bool may_add(const moe_problem *p, const moe_device_info *d)
+{
+    const int64_t row_bytes = (int64_t)p->hidden_size * moe_dtype_bytes(p->dtype),
+                  fewest_bytes = d->tile_rows || d->down_row > 0 ? 0
+                                 : p->topk == 1                  ? 1000000
+                                                                 : 16000000;
+    return is_layer(p) && p->combine == MOE_COMBINE_SUM && (p->topk == 1 || !p->deterministic) &&
+           row_bytes % 16 == 0 && p->out_vector_bytes >= 16 &&
+           p->num_tokens * p->topk * row_bytes >= fewest_bytes;
+}
+
+/* The row of down that adds its rows into out with the tiles of `chosen`, or -1. Where sums are in any order tiles of 192 rows
+ * are of 192 columns: only these were measured. */
+static int32_t adding_row(const variant *chosen, const moe_problem *p, const moe_device_info *d)
+{
+    for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
+        const variant *v = &VARIANTS[i];
+        const bool fits = v->cols == chosen->cols || (p->topk > 1 && v->rows == TALL_ROWS);
+        if (chosen->arch == ARCH_sm90a && v->rows == chosen->rows && fits &&
+            usable(v, STAGE_down_add, p, d))
+            return i;
+    }
+    return -1;
+}
+
 /* Whether the plan may choose it: on Hopper mma.sync with tiles of 64 rows and more was the fastest nowhere. */
 static bool allowed(int32_t row, int32_t stage, const moe_problem *p, const moe_device_info *d)
 {
@@ -385,8 +418,9 @@ static bool allowed(int32_t row, int32_t stage, const moe_problem *p, const moe_
     return !(d->hopper && p->vector_bytes >= 16 && v->arch == ARCH_sm80 && v->rows >= 64);
 }
 
-/* Measured: below, decode and the kernels of mma.sync are faster than K split over a cluster. */
-enum { FEWEST_SPLIT_TOKENS = 20 };
+/* Measured: below, decode and the kernels of mma.sync are faster than K split over a cluster; and so is a K of few steps
+ * that is not split. */
+enum { FEWEST_SPLIT_TOKENS = 20, FEWEST_SPLIT_STEPS = 10 };
 
 /* Expected rows of an expert up to which sm90a_swap was measured to be faster than wgmma with tiles of 128 rows; more
  * where these are fewer than SMs. */
@@ -400,6 +434,9 @@ static int32_t most_swap_rows(const moe_problem *p, const moe_device_info *d)
 static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem *p,
                             const moe_device_info *d, const gemm_shape *s, double *us)
 {
+    const bool once = stage == MOE_OP_DOWN && p->topk == 1 && may_add(p, d);
+    const double combine_us =
+        1.8 + 4.0 * (double)p->num_tokens * p->hidden_size / (0.9 * d->read_bytes_per_us);
     int32_t best = -1;
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
         if (VARIANTS[i].rows != tile_rows || VARIANTS[i].arch == ARCH_sm90a_decode ||
@@ -408,8 +445,12 @@ static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem 
         const bool free = d->tile_rows == 0 && d->gate_up_row <= 0 && d->down_row <= 0;
         const bool splits = VARIANTS[i].arch == ARCH_sm90a_split;
         if (free && tile_rows == TALL_ROWS && !splits && !wants_tall(&VARIANTS[i], s, d)) continue;
-        if (free && splits && p->num_tokens < FEWEST_SPLIT_TOKENS) continue;
-        const double cost = gemm_us(&VARIANTS[i], s, d);
+        if (free && splits &&
+            (p->num_tokens < FEWEST_SPLIT_TOKENS ||
+             ceil_div(s->depth, VARIANTS[i].k) < FEWEST_SPLIT_STEPS))
+            continue;
+        double cost = gemm_us(&VARIANTS[i], s, d);
+        if (once && adding_row(&VARIANTS[i], p, d) < 0) cost += combine_us;
         if (best < 0 || cost < *us) {
             best = i;
             *us = cost;
@@ -464,11 +505,6 @@ static bool needs(const moe_problem *p, int32_t stage)
 static bool aligns(const moe_problem *p)
 {
     return needs(p, MOE_OP_ALIGN) || p->operation == MOE_OP_ROUTE_ALIGN;
-}
-
-static bool is_layer(const moe_problem *p)
-{
-    return p->operation == MOE_OP_FUSED_EXPERTS || p->operation == MOE_OP_FUSED_MOE;
 }
 
 static int64_t take(int64_t *total, bool used, int64_t bytes)
@@ -618,7 +654,7 @@ static int choose_gemms(moe_plan *plan, const moe_device_info *d, const gemm_sha
         if (up_us + down_us >= best) continue;
         best = up_us + down_us;
         fill_gemm(&plan->gate_up, up_row, gate_up, d, up_us);
-        fill_gemm(&plan->down, down_row, down, d, down_us);
+        fill_gemm(&plan->down, down_row, down, d, gemm_us(&VARIANTS[down_row], down, d));
         plan->tile_rows = rows;
     }
     if (!isfinite(best))
@@ -662,32 +698,22 @@ static bool join_gemms(moe_plan *plan, const moe_device_info *d, const gemm_shap
     return false;
 }
 
-/* Where sums may be in any order: down adds its rows into out, if the table has its tile for that. Measured on an H200
- * (docs/notes/combine.md): faster wherever down is of sm90a, fewer than 16 MB of rows not looked at. An out that L2 does
- * not hold is done in bands of columns, unless the intermediate, which every band reads anew, has long rows. */
+/* Down adds its rows into out. An out that L2 does not hold is done in bands of columns, unless the intermediate, which every
+ * band reads anew, has long rows; a row of topk 1 is written, not added, and needs no bands. */
 static void choose_adds(moe_plan *plan, const moe_device_info *d, const gemm_shape *down)
 {
     const moe_problem *p = &plan->problem;
-    const variant *chosen = &VARIANTS[plan->down.variant];
-    const int64_t row_bytes = (int64_t)p->hidden_size * moe_dtype_bytes(p->dtype),
-                  out_bytes = plan->chunk_tokens * row_bytes,
-                  fewest_bytes = d->tile_rows || d->down_row > 0 ? 0 : 16000000;
-    if (p->deterministic || !is_layer(p) || p->combine != MOE_COMBINE_SUM ||
-        plan->combine_vector_bytes < 16 || plan->decode || plan->one_launch ||
-        chosen->arch != ARCH_sm90a || out_bytes * p->topk < fewest_bytes)
-        return;
-    for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
-        const variant *v = &VARIANTS[i];
-        const bool fits = v->cols == chosen->cols || v->rows == TALL_ROWS;
-        if (v->rows != chosen->rows || !fits || !usable(v, STAGE_down_add, p, d)) continue;
-        fill_gemm(&plan->down, i, down, d, plan->down.us);
-        plan->adds = 1;
-        plan->deterministic = 0;
-        if (p->intermediate_size <= 256 && out_bytes > d->l2_bytes / 5 * 3) {
-            const int64_t tiles = d->l2_bytes / 3 / (plan->chunk_tokens * v->cols * 2);
-            plan->down.band_tiles = (int32_t)(tiles > 1 ? tiles : 1);
-        }
-        return;
+    const bool once = p->topk == 1;
+    const int64_t out_bytes = plan->chunk_tokens * p->hidden_size * moe_dtype_bytes(p->dtype);
+    if (plan->decode || plan->one_launch || !may_add(p, d)) return;
+    const int32_t row = adding_row(&VARIANTS[plan->down.variant], p, d);
+    if (row < 0) return;
+    fill_gemm(&plan->down, row, down, d, plan->down.us);
+    plan->adds = 1;
+    plan->deterministic = once;
+    if (!once && p->intermediate_size <= 256 && out_bytes > d->l2_bytes / 5 * 3) {
+        const int64_t tiles = d->l2_bytes / 3 / (plan->chunk_tokens * VARIANTS[row].cols * 2);
+        plan->down.band_tiles = (int32_t)(tiles > 1 ? tiles : 1);
     }
 }
 

@@ -1,8 +1,10 @@
 // arch: sm_90a
-/* down_add_sm90a.cu: down and combine of a call with deterministic=False: out[token(r)] += round(scale * rows[r])
+/* down_add_sm90a.cu: down and combine of a call with deterministic=False, or of topk 1:
+ * out[token(r)] += round(scale * rows[r])
  * In     as down_sm90a.cu; out holds shared_output or zeros, from moe_down_fill, the grid in front
- * Out    out [num_tokens, hidden_size], by reductions in memory; rows are not written
- * Math   f32 up to the weighted row, which is rounded; then each sum is, in any order: not repeatable
+ * Out    out [num_tokens, hidden_size], by reductions in memory; where topk is 1 and nothing is shared, by stores (and
+ *        moe_down_fill writes dropped tokens alone); rows are not written
+ * Math   f32 up to the weighted row, which is rounded; then each sum is, in any order: repeatable for topk 1 only
  * Grid   as down_sm90a.cu
  * Needs  as down_sm90a.cu, and 16-byte aligned rows of out
  * Cost   num_rows * hidden_size * 2 bytes through the reductions of L2 instead of num_rows * hidden_size * 4 through
@@ -18,6 +20,9 @@ extern "C" __global__ void __maxnreg__(32) moe_down_fill(const __grid_constant__
     if (args.wait) grid_dependency_wait();
     const int32_t chunks = args.hidden_size / 8;
     for (int64_t token = blockIdx.x; token < args.num_tokens; token += gridDim.x) {
+        if (args.row_of_slot &&
+            static_cast<uint32_t>(args.row_of_slot[token]) < static_cast<uint64_t>(args.num_tokens))
+            continue;
         uint4 *to = reinterpret_cast<uint4 *>(static_cast<unsigned short *>(args.out) +
                                               token * args.out_stride);
         if (!args.shared_output) {
@@ -50,6 +55,6 @@ extern "C" __global__ void __maxnreg__(32) moe_down_fill(const __grid_constant__
         run_gemm<gemm_wgmma<type, false, rows, cols, k, stages>>(                                  \
             down_problem<type, moe_down_add_args>{                                                 \
                 args.stage, &weights, &tokens, args.stage.hidden_size,                             \
-                args.stage.intermediate_size, args.band_tiles, args.scale});                       \
+                args.stage.intermediate_size, args.band_tiles, args.scale, args.once != 0});                       \
     }
 #include "gemm_instances.cuh"

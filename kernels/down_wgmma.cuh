@@ -21,6 +21,7 @@ struct down_problem {
     int32_t num_cols, k_size;
     uint32_t band_tiles;
     float scale; // kAdd
+    bool once;   // kAdd: rows are written
     static constexpr int kTaken = 2;
     static constexpr int32_t k_begin = 0;
 
@@ -35,29 +36,18 @@ struct down_problem {
                                           const float (&weight)[2]) const
     {
         float factor[2] = {weight[0], weight[1]};
-        int32_t token[2] = {0, 0};
-        if constexpr (kAdd) {
-            const auto work = to.work();
-            int32_t slot = 0, own = threadIdx.x / 32 * 16 + threadIdx.x % 16;
-            if (own < work.num_rows) slot = args.sorted_token_ids[work.row_begin + own];
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                token[half] =
-                    __shfl_sync(0xffffffffu, slot / args.topk, threadIdx.x % 32 / 4 + half * 8);
-                factor[half] *= scale;
-            }
-        }
+        if constexpr (kAdd) factor[0] *= scale, factor[1] *= scale;
         if (args.w2_bias)
-            write<Gemm, true>(to, sums, factor, token);
+            write<Gemm, true>(to, sums, factor);
         else
-            write<Gemm, false>(to, sums, factor, token);
+            write<Gemm, false>(to, sums, factor);
     }
 
     // kCols / 64 blocks of 32 columns in each box, of which this lane has eight.
     template <class Gemm, bool kBias>
     __device__ __forceinline__ void write(const typename Gemm::results &to,
                                           const float (&sums)[Gemm::kSums],
-                                          const float (&factor)[2], const int32_t (&token)[2]) const
+                                          const float (&factor)[2]) const
     {
         constexpr int kBlocks = Gemm::kCols / 64, kBoxBlocks = 4 * kBlocks;
         // With few registers left, where the results go is looked at anew each time.
@@ -66,7 +56,7 @@ struct down_problem {
         place places[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half)
-            places[half] = find_place(to.work(), thread, half, token[half]);
+            places[half] = find_place(to.work(), thread, half);
 #pragma unroll
         for (int block = 0; block < 2 * kBlocks; ++block) {
             const int first = block / kBlocks * kBoxBlocks + block % kBlocks;
@@ -88,7 +78,7 @@ struct down_problem {
                 }
                 if constexpr (kAnew) {
                     forget(thread);
-                    places[half] = find_place(to.work(), thread, half, token[half]);
+                    places[half] = find_place(to.work(), thread, half);
                 }
                 store(places[half], block * 32, make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]));
             }
@@ -118,12 +108,14 @@ struct down_problem {
     };
 
     template <class Work>
-    __device__ __forceinline__ place find_place(const Work &work, uint32_t thread, int32_t half,
-                                                int32_t token) const
+    __device__ __forceinline__ place find_place(const Work &work, uint32_t thread,
+                                                int32_t half) const
     {
         const int32_t row = thread / 32 * 16 + thread % 32 / 4 + half * 8;
         const int32_t col = work.col_begin + thread % 4 * 8;
-        const int64_t to_row = kAdd ? token : int64_t{work.row_begin} + row;
+        int64_t to_row = int64_t{work.row_begin} + row;
+        if constexpr (kAdd)
+            to_row = row < work.num_rows ? args.sorted_token_ids[to_row] / args.topk : 0;
         return {static_cast<typename T::element *>(args.rows) + to_row * args.rows_stride + col,
                 row < work.num_rows ? num_cols - col : 0};
     }
@@ -131,7 +123,7 @@ struct down_problem {
     __device__ __forceinline__ void store(const place &of, int32_t col, uint4 held) const
     {
         if (col >= of.num_cols) return;
-        if constexpr (!kAdd)
+        if (!kAdd || once)
             __stcs(reinterpret_cast<uint4 *>(of.to + col), held); // more than L2 holds
         else if constexpr (T::kDtype == MOE_BF16)
             add_16_bf16_kept(of.to + col, held);

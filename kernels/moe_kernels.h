@@ -290,11 +290,12 @@ typedef struct moe_down_args {
 } moe_down_args;
 
 /* Stages 4 and 5 in one launch, sums in any order: out[token(r)] += round(scale * rows[r]), each sum rounded. out holds
- * shared_output or zeros before. */
+ * shared_output or zeros before; where topk is 1 and nothing is shared, rows are written, not added. */
 typedef struct moe_down_add_args {
     moe_down_args stage; /* rows: out [num_tokens, hidden_size], 16-byte aligned rows */
     float scale;         /* routed_scaling_factor */
     uint32_t band_tiles; /* column tiles done before the next ones begin; 0: all of them */
+    int32_t once;        /* 1: a row of out is one row, and is written */
 } moe_down_add_args;
 
 /* Stages 3 and 4 in one launch. */
@@ -371,6 +372,7 @@ typedef struct moe_combine_args {
 /* In front of a down that adds: out[t] = shared_output[t], or zeros. */
 typedef struct moe_fill_args {
     const void *shared_output; /* [num_tokens, hidden_size] bf16, f16; or NULL */
+    const int32_t *row_of_slot; /* [num_tokens]: only tokens of no row in [0, num_tokens) are filled; or NULL: all */
     void *out; /* [num_tokens, hidden_size] the same, 16-byte aligned rows, written */
     int64_t shared_stride;
     int64_t out_stride;
@@ -514,13 +516,13 @@ MOE_ASSERT_SIZE(moe_route_align_args, 248);
 MOE_ASSERT_SIZE(moe_pad_args, 88);
 MOE_ASSERT_SIZE(moe_gate_up_args, 192);
 MOE_ASSERT_SIZE(moe_down_args, 168);
-MOE_ASSERT_SIZE(moe_down_add_args, 176);
+MOE_ASSERT_SIZE(moe_down_add_args, 184);
 MOE_ASSERT_SIZE(moe_experts_args, 360);
 MOE_ASSERT_SIZE(moe_tensor_map, 128);
 MOE_ASSERT_SIZE(moe_slot_args, 72);
 MOE_ASSERT_SIZE(moe_gate_up_decode_args, 272);
 MOE_ASSERT_SIZE(moe_down_decode_args, 296);
 MOE_ASSERT_SIZE(moe_combine_args, 88);
-MOE_ASSERT_SIZE(moe_fill_args, 48);
+MOE_ASSERT_SIZE(moe_fill_args, 56);
 
 #endif

@@ -23,7 +23,7 @@ from support import (
     workspace_bytes,
 )  # fmt: skip
 
-TILES = ("128x256", "192x192")  # of both stages
+TILES = ("128x256", "128x128", "192x192")  # of both stages
 SHORT = {BF16: "bf16", F16: "f16"}
 
 
@@ -134,10 +134,38 @@ def test_unaligned_out_keeps_the_sums_of_combine(gpu, tile, seed):
 
 @pytest.mark.gpu
 @pytest.mark.small
-def test_exact_where_no_sum_rounds(gpu, tile, seed):
-    """One slot a token: nothing is added to but zeros, so these are the default's bits."""
-    layer = make_layer(seed, 300, 264, 136, 3, 1)
-    assert same_bits(run_layer(gpu, layer.with_options(deterministic=False)), run_layer(gpu, layer))
+@pytest.mark.parametrize("routing", ["uniform", "dropped", "none"])
+def test_one_row_a_token_has_the_bits_of_combine(gpu, tile, seed, routing):
+    """topk 1: down writes out itself, also by default; an out of unaligned rows goes through combine."""
+    layer = make_layer(seed, 300, 264, 136, 3, 1, routing=routing)
+    tensors, options = put_layer(gpu, layer)
+    flat = Guarded(gpu, (300 * 264,), BF16, offset=1)
+    through_combine = gpu.get(fused_experts(**tensors, **options, out=flat.tensor.reshape(300, 264)))
+    flat.check("out")
+    for deterministic in (True, False):
+        got = run_layer(gpu, layer.with_options(deterministic=deterministic))
+        assert (got == through_combine).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.small
+@pytest.mark.parametrize("shared_output", [False, True])
+def test_one_row_a_token_is_the_same_in_every_run(gpu, tile, seed, shared_output):
+    layer = make_layer(
+        seed, 200, 136, 72, 4, 1, routing="dropped", shared_output=shared_output,
+        routed_scaling_factor=2.5,
+    )  # fmt: skip
+    check_layer(gpu, layer)
+    first = run_layer(gpu, layer)
+    assert all(same_bits(run_layer(gpu, layer), first) for _ in range(10))
+
+
+def test_plan_of_one_row_a_token():
+    p = fusedmoe.plan(4422, 4016, 120, 13, 1, num_sms=132)
+    assert p["deterministic"] and p["down"]["name"].startswith("moe_down_add_")
+    assert p["down"]["band_tiles"] == 0
+    few = fusedmoe.plan(64, 4016, 120, 13, 1, num_sms=132)
+    assert few["deterministic"] and not few["down"]["name"].startswith("moe_down_add_")
 
 
 @pytest.mark.gpu

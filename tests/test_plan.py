@@ -21,6 +21,7 @@ NUM_SMS = (78, 114, 132)
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 LARGE_EXPERTS = Model(7168, 2048, 64, 8)
 FEW_EXPERTS = Model(6144, 192, 3, 3), Model(512, 3968, 6, 2), Model(3424, 80, 9, 2)
+ONE_OF_EXPERTS = Model(5120, 1024, 16, 1), Model(768, 3072, 8, 1)  # Llama 4 Scout tp8, Switch Base
 MIB = 1 << 20
 LIMIT = 1536 * MIB
 DTYPES = {"bf16": "bfloat16", "f16": "float16"}
@@ -124,7 +125,7 @@ def chosen(**kwargs):
     """Names of the variants that plans over a wide range of layers choose."""
     names, table = set(), variants()
     for num_sms in NUM_SMS:
-        for model in (*MODELS.values(), LARGE_EXPERTS, *FEW_EXPERTS):
+        for model in (*MODELS.values(), LARGE_EXPERTS, *FEW_EXPERTS, *ONE_OF_EXPERTS):
             for tokens in TOKENS:
                 p = plan(tokens, *model, num_sms=num_sms, **kwargs)
                 names |= {table[p[stage]["variant"]]["name"] for stage in ("gate_up", "down")}
