@@ -775,8 +775,9 @@ static double decode_us(const gemm_shape *gate_up, const gemm_shape *down, doubl
  * number above. Where both fit beside each other, down starts when gate_up has asked for all but the last of its weights,
  * and its own follow without a gap. That is worth 4 to 10 % where an expert's rows of w2 are so short that down's copies
  * are small (copies of several experts in a stage); where they are large it costs as much: gate_up's shorter ring, and
- * token rows that wait behind down's weights. There down starts on every SM as gate_up leaves it. Returns false where the
- * kernels cannot do this problem, or would not be faster. */
+ * token rows that wait behind down's weights. There down starts on every SM as gate_up leaves it. A launch takes 3 us from
+ * where it may start: beside a short gate_up, down may right after gate_up's wait. Returns false where the kernels cannot
+ * do this problem, or would not be faster. */
 enum {
     FEWEST_STAGES = 4, /* of gate_up's ring */
     FEWEST_BESIDE = 3, /* the same, with down on the SM */
@@ -858,9 +859,8 @@ static bool choose_decode(moe_plan *plan, const moe_device_info *d, const gemm_s
     plan->tile_rows = VARIANTS[up].rows;
     plan->gate_up.max_blocks = d->num_sms;
     plan->gate_up.ring_stages = (int32_t)up_stages;
-    const bool at_once =
-        !both || up_bytes <= (double)ALL_STAGES * MOE_DECODE_STAGE_BYTES * d->num_sms;
-    plan->gate_up.stages_left = at_once ? INT32_MAX : STAGES_LEFT;
+    const bool at_once = up_bytes <= (double)ALL_STAGES * MOE_DECODE_STAGE_BYTES * d->num_sms;
+    plan->gate_up.stages_left = !both ? INT32_MAX : at_once ? MOE_DECODE_AT_ONCE : STAGES_LEFT;
     plan->gate_up.smem_bytes = (int32_t)(up_fixed + up_stages * MOE_DECODE_STAGE_BYTES);
     plan->down.max_blocks = (int32_t)min64(d->num_sms, plan->down.grid_cols);
     plan->down.ring_stages = (int32_t)low_stages;

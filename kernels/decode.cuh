@@ -140,24 +140,37 @@ struct lane_slot {
     uint32_t same;        // the lanes of this expert
 };
 
-// The same as find_experts for at most 32 slots, in one warp: what it takes is the way of the ids from memory. Experts in
-// the order of their first slots. id: of the lane's slot.
-static __device__ __forceinline__ lane_slot find_few_experts(decode_state &state,
-                                                             const moe_slot_args &args, int64_t id)
+// What a warp makes of the ids of at most 32 slots, one a lane. Experts in the order of their first slots; first: the lane's
+// slot is one of them.
+static __device__ __forceinline__ lane_slot rank_few_slots(const moe_slot_args &args, int64_t id,
+                                                           bool &first, int32_t &active)
 {
     const int32_t lane = threadIdx.x % 32;
     const int32_t expert = lane < args.num_slots ? local_expert(args, id) : -1;
     const uint32_t same = __match_any_sync(0xffffffffu, expert);
     const int32_t leader = __ffs(static_cast<int32_t>(same)) - 1;
-    const bool first = expert >= 0 && leader == lane;
+    first = expert >= 0 && leader == lane;
     const uint32_t firsts = __ballot_sync(0xffffffffu, first);
     const int32_t rank = expert >= 0 ? __popc(firsts & ((1u << leader) - 1)) : -1;
-    if (lane < args.num_slots) {
-        state.expert[lane] = static_cast<int16_t>(expert);
-        if (first) state.active[rank] = static_cast<int16_t>(expert);
-    }
-    if (lane == 0) state.num_active = __popc(firsts);
+    active = __popc(firsts);
     return {expert, rank, same};
+}
+
+// The same as find_experts for at most 32 slots, in one warp: what it takes is the way of the ids from memory. id: of the
+// lane's slot.
+static __device__ __forceinline__ lane_slot find_few_experts(decode_state &state,
+                                                             const moe_slot_args &args, int64_t id)
+{
+    const int32_t lane = threadIdx.x % 32;
+    bool first;
+    int32_t active;
+    const lane_slot mine = rank_few_slots(args, id, first, active);
+    if (lane < args.num_slots) {
+        state.expert[lane] = static_cast<int16_t>(mine.expert);
+        if (first) state.active[mine.rank] = static_cast<int16_t>(mine.expert);
+    }
+    if (lane == 0) state.num_active = active;
+    return mine;
 }
 
 // The words of `seen`, one a lane: how many experts are in those before the lane's, whose bits it fills in. The first warp
@@ -240,10 +253,10 @@ static __device__ __forceinline__ void find_many_experts(decode_state &state,
 }
 
 // Fills expert and active; returns how many experts are active. All threads of the block, after start_ring, whose barriers
-// then are there.
+// then are there. apart: the warp that asks for weights has found them by itself (gate_up).
 template <int kTiles>
 static __device__ __forceinline__ int32_t find_experts(decode_state &state,
-                                                       const moe_slot_args &args)
+                                                       const moe_slot_args &args, bool apart)
 {
     static_assert(kTiles <= kMaxTiles, "a bit for each expert and tile");
     const int32_t thread = threadIdx.x;
@@ -255,7 +268,7 @@ static __device__ __forceinline__ int32_t find_experts(decode_state &state,
     } else if (thread < kFinders) {
         find_many_experts<kTiles>(state, args);
     }
-    sync_warps(kFoundBarrier, kThreads);
+    sync_warps(kFoundBarrier, apart ? kFinders : kThreads);
     return state.num_active;
 }
 

@@ -341,85 +341,103 @@ struct down_decode {
         return __any_sync(0xffffffffu, any);
     }
 
-    __device__ __forceinline__ void store_sums(const float (&acc)[kParts][kTiles][4]) const
+    // Where a lane's sums go, and which four columns of which token a thread writes: known before the sums are.
+    struct places {
+        float *sum;
+        int32_t token, in_tile, col;
+        typename T::element *to;
+        bool writes, plain; // plain: scaled sums and nothing else
+    };
+
+    __device__ __forceinline__ places find_places(int32_t tile) const
     {
-        int32_t lane = threadIdx.x % 32, row = lane / 4, column = lane % 4 * 2;
+        static_assert(kTokens * (kCols / 4) <= kMathThreads, "one item a thread");
+        const int32_t lane = threadIdx.x % 32, item = threadIdx.x;
+        places at;
+        at.sum = &sums.sum[threadIdx.x / 32][lane % 4 * 2][lane / 4];
+        at.token = item / (kCols / 4), at.in_tile = item % (kCols / 4) * 4;
+        at.col = tile * kCols + at.in_tile;
+        at.to = static_cast<typename T::element *>(args.out) + at.token * args.out_stride + at.col;
+        at.writes = at.token < args.stage.num_tokens && at.col < args.stage.hidden_size;
+        at.plain = !args.stage.w2_bias && !args.shared_output && args.vector;
+        return at;
+    }
+
+    __device__ __forceinline__ void store_sums(const float (&acc)[kParts][kTiles][4],
+                                               const places &at) const
+    {
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-            float(*sum)[kPitch] = &sums.sum[threadIdx.x / 32][tile * 8 + column];
+            float *sum = at.sum + tile * 8 * kPitch;
 #pragma unroll
-            for (int part = 0; part < kParts; ++part) {
-                sum[0][part * 16 + row] = acc[part][tile][0];
-                sum[1][part * 16 + row] = acc[part][tile][1];
-                sum[0][part * 16 + row + 8] = acc[part][tile][2];
-                sum[1][part * 16 + row + 8] = acc[part][tile][3];
+            for (int part = 0; part < kParts; ++part, sum += 16) {
+                sum[0] = acc[part][tile][0];
+                sum[kPitch] = acc[part][tile][1];
+                sum[8] = acc[part][tile][2];
+                sum[kPitch + 8] = acc[part][tile][3];
             }
         }
     }
 
-    // The warps' sums, biases and shared output of this block's columns -> out. Four columns of a token a thread. Math warps;
-    // what does not need the sums is done before the barrier.
-    __device__ __forceinline__ void write(int32_t tile) const
+    // The warps' sums, biases and shared output of this block's columns -> out. Four columns of a token a thread. Math warps.
+    __device__ __forceinline__ void write(const places &at) const
     {
         const moe_down_args &stage = args.stage;
-        const int32_t topk = args.slots.topk;
-        const int32_t num_items = static_cast<int32_t>(stage.num_tokens) * (kCols / 4);
-        int32_t item = threadIdx.x, token = item / (kCols / 4), in_tile = item % (kCols / 4) * 4;
-        const int32_t col = tile * kCols + in_tile; // of all items of a thread
-        typename T::element *to =
-            static_cast<typename T::element *>(args.out) + token * args.out_stride + col;
+        const int32_t topk = args.slots.topk, token = at.token, col = at.col;
         sync_warps(kMathBarrier, kMathThreads);
-        if (col >= stage.hidden_size) return;
-#pragma unroll 1
-        for (; item < num_items; item += kMathThreads) {
-            float z[4] = {};
+        if (!at.writes) return;
+        float z[4] = {};
 #pragma unroll
-            for (int warp = 0; warp < kMathWarps; ++warp) {
-                float4 part = *reinterpret_cast<const float4 *>(&sums.sum[warp][token][in_tile]);
-                z[0] += part.x, z[1] += part.y, z[2] += part.z, z[3] += part.w;
-            }
-            if (stage.w2_bias) {
+        for (int warp = 0; warp < kMathWarps; ++warp) {
+            float4 part = *reinterpret_cast<const float4 *>(&sums.sum[warp][token][at.in_tile]);
+            z[0] += part.x, z[1] += part.y, z[2] += part.z, z[3] += part.w;
+        }
+        if (at.plain) {
+            *reinterpret_cast<uint2 *>(at.to) =
+                make_uint2(T::round2(z[0] * args.scale, z[1] * args.scale),
+                           T::round2(z[2] * args.scale, z[3] * args.scale));
+            return;
+        }
+        if (stage.w2_bias) {
 #pragma unroll 1
-                for (int32_t slot = token * topk; slot < token * topk + topk; ++slot) {
-                    int32_t expert = state.expert[slot];
-                    if (expert < 0) continue;
-                    int64_t at = expert * stage.w2_bias_stride + col;
+            for (int32_t slot = token * topk; slot < token * topk + topk; ++slot) {
+                int32_t expert = state.expert[slot];
+                if (expert < 0) continue;
+                int64_t at = expert * stage.w2_bias_stride + col;
 #pragma unroll
-                    for (int i = 0; i < 4; ++i)
-                        z[i] += state.weight[slot] *
-                                load_f32(stage.w2_bias, at + i, stage.w2_bias_dtype);
-                }
+                for (int i = 0; i < 4; ++i)
+                    z[i] +=
+                        state.weight[slot] * load_f32(stage.w2_bias, at + i, stage.w2_bias_dtype);
             }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            z[i] *= args.scale;
+        if (args.shared_output) {
+            int64_t shared_at = token * args.shared_stride + col;
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                z[i] *= args.scale;
-            if (args.shared_output) {
-                int64_t shared_at = token * args.shared_stride + col;
+                z[i] += load_f32(args.shared_output, shared_at + i, T::kDtype);
+        }
+        if (args.vector) {
+            *reinterpret_cast<uint2 *>(at.to) =
+                make_uint2(T::round2(z[0], z[1]), T::round2(z[2], z[3]));
+        } else {
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    z[i] += load_f32(args.shared_output, shared_at + i, T::kDtype);
-            }
-            if (args.vector) {
-                *reinterpret_cast<uint2 *>(to) =
-                    make_uint2(T::round2(z[0], z[1]), T::round2(z[2], z[3]));
-            } else {
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    to[i] = T::round(z[i]);
-            }
-            token += kMathThreads / (kCols / 4);
-            to += kMathThreads / (kCols / 4) * args.out_stride;
+            for (int i = 0; i < 4; ++i)
+                at.to[i] = T::round(z[i]);
         }
     }
 
     // A stage of the ring is one warp's, always the same: so several are multiplied at a time, and none waits for all. (A
     // warp that took the next stage in turn could wait for a phase two ahead, which has the parity of the one before.)
-    // Stages: at most one a warp, or two.
-    __device__ __forceinline__ void consume() const
+    // Stages: at most one a warp, or two. kOwn: it brings the token rows of its own stages, two stages ahead, so that the first
+    // products do not wait for all rows. kOnce: at most one stage a warp and one tile a block: no ring, and what can be
+    // known before the wait is.
+    template <bool kOwn, bool kOnce>
+    __device__ __forceinline__ void consume(int32_t num_stages) const
     {
         const int32_t warp = threadIdx.x / 32, step = min(args.ring_stages, kMathWarps);
-        int32_t num_stages = (active * copies_per_expert + args.copies - 1) / args.copies;
-        compute_now(num_stages);
         // Numbers of stages: this warp's next, one past the tile's last.
         int32_t next = warp, end = 0, stage = warp;
         uint32_t parity = 0;
@@ -427,12 +445,12 @@ struct down_decode {
         at.advance(warp * args.copies, copies_per_expert);
         // Two experts at a time where a copy is all of an expert's; with more sums registers would not do.
         const bool pairs = kParts * kTiles == 1 && copies_per_expert == 1 && !tail && !duplicates;
-        // Where every warp has many stages, the same in every tile, it brings the token rows of its own, two stages ahead: so
-        // the first products do not wait for all rows, and the ring goes on.
-        const bool own = kTiles == 1 && args.copies == 1 && step == kMathWarps &&
-                         num_stages > 2 * step && !duplicates &&
-                         col_tiles <= static_cast<int32_t>(gridDim.x);
         bool waited = false;
+        places place = find_places(blockIdx.x);
+        if (kOnce)
+            compute_now(
+                (reinterpret_cast<uint64_t>(place.to) | reinterpret_cast<uint64_t>(place.sum)) +
+                place.token + place.plain + place.writes);
 #pragma unroll 1
         for (int32_t tile = blockIdx.x; tile < col_tiles; tile += gridDim.x) {
             float acc[kParts][kTiles][4] = {};
@@ -457,7 +475,7 @@ struct down_decode {
                         if (!waited) {
                             // All that needs neither weights nor token rows is done now.
                             compute_now(weights + units + slot[0].address[0]);
-                            if (kTiles == 1 && own) {
+                            if (kOwn) {
                                 piece second = at;
                                 second.advance(step, copies_per_expert);
                                 ask_first(at, second);
@@ -466,7 +484,7 @@ struct down_decode {
                             }
                             waited = true;
                         }
-                        if (kTiles == 1 && own) {
+                        if (kOwn) {
                             cp_async_wait<1>();
                             __syncwarp();
                         }
@@ -480,14 +498,16 @@ struct down_decode {
                     } else {
                         do
                             multiply<1>(acc, slot, weights, {chunk * kUnitK}, units);
-                        while (duplicates && next_slots(slot[0], state.active[mine.rank]));
+                        while (!kOnce && duplicates &&
+                               next_slots(slot[0], state.active[mine.rank]));
                     }
                     weights += args.box_chunks * kUnitBytes;
                     mine.advance(1, copies_per_expert);
                 }
+                if (kOnce) break;
                 release(state, stage);
                 at.advance(step * args.copies, copies_per_expert);
-                if (kTiles == 1 && own) {
+                if (kOwn) {
                     piece ahead = at;
                     ahead.advance(step, copies_per_expert);
                     ask(share_rows(ahead));
@@ -500,8 +520,10 @@ struct down_decode {
             }
             if (!waited) load_panel(); // there was nothing for this warp
             waited = true;
-            store_sums(acc);
-            write(tile);
+            if (!kOnce) place = find_places(tile);
+            store_sums(acc, place);
+            write(place);
+            if (kOnce) return;
             if (tile + gridDim.x < col_tiles) sync_warps(kMathBarrier, kMathThreads);
         }
     }
@@ -601,12 +623,26 @@ struct down_decode {
         float weight = 0.0f;
         if (!few) {
             if (math && threadIdx.x < args.slots.num_slots) weight = slot_weight(threadIdx.x);
-            active = find_experts<kTiles>(state, args.slots);
+            active = find_experts<kTiles>(state, args.slots, false);
         }
         if (math) {
             if (!few) read_slots(weight);
             duplicates = state.duplicates;
-            consume();
+            const int32_t num_stages = (active * copies_per_expert + args.copies - 1) / args.copies;
+            compute_now(num_stages);
+            // Where every warp has many stages, the same in every tile.
+            const bool own = kTiles == 1 && args.copies == 1 && !duplicates &&
+                             args.ring_stages >= kMathWarps && num_stages > 2 * kMathWarps &&
+                             col_tiles <= static_cast<int32_t>(gridDim.x);
+            const bool once = kTiles == 1 && !duplicates && num_stages <= args.ring_stages &&
+                              num_stages <= kMathWarps &&
+                              col_tiles <= static_cast<int32_t>(gridDim.x);
+            if (once)
+                consume<false, kTiles == 1>(num_stages);
+            else if (own)
+                consume<kTiles == 1, false>(num_stages);
+            else
+                consume<false, false>(num_stages);
         } else if (threadIdx.x % 32 == 0) {
             // Two warps ask where each has stages of the ring for good, as the math warps (consume); one where it would not.
             const bool once = active * copies_per_expert <= args.ring_stages * args.copies &&

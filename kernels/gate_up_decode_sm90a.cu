@@ -116,27 +116,34 @@ struct gate_up_decode {
             mbarrier_arrive_expect_tx(shared_address(&state.landed[stage]), MOE_DECODE_STAGE_BYTES);
     }
 
-    // One thread: all stages of all items. A stage is a unit for each warp; the tail is a stage with one unit.
-    __device__ __forceinline__ void produce(items at) const
+    // All stages of all items: one thread, which looks the experts up (kListed), or a warp, whose lane of an item's rank knows
+    // the expert. A stage is a unit for each warp; the tail is a stage with one unit.
+    static constexpr int32_t kListed = -2;
+
+    __device__ __forceinline__ void produce(items at, int32_t expert, int32_t rank) const
     {
         const int32_t row_step = args.stage.gated ? 8 : 16;
         ring_position to;
+        bool asks = true;
         int32_t ready = announced();
         int32_t left = at.count * ((chunks + kMathWarps - 1) / kMathWarps + tail);
         if (left <= args.stages_left) grid_launch_dependents();
         auto stage = [&](uint32_t bytes, auto copy) {
             uint32_t bar = shared_address(&state.landed[to.stage]);
-            if (--ready < 0) {
-                mbarrier_wait(shared_address(&state.read[to.stage]), to.parity ^ 1);
-                mbarrier_arrive_expect_tx(bar, bytes);
-            }
-            copy(shared_address(ring + to.stage * MOE_DECODE_STAGE_BYTES), bar);
+            const bool refill = --ready < 0;
+            if (refill) mbarrier_wait(shared_address(&state.read[to.stage]), to.parity ^ 1);
+            if (refill && asks) mbarrier_arrive_expect_tx(bar, bytes);
+            if (asks) copy(shared_address(ring + to.stage * MOE_DECODE_STAGE_BYTES), bar);
             to.next(args.ring_stages);
             if (--left == args.stages_left) grid_launch_dependents();
         };
 #pragma unroll 1
         for (; at.count > 0; next(at)) {
-            int32_t expert = state.active[at.rank], row = at.tile * row_step;
+            const int32_t row = at.tile * row_step;
+            if (rank == kListed)
+                expert = state.active[at.rank];
+            else
+                asks = rank == at.rank;
 #pragma unroll 1
             for (int32_t chunk = 0; chunk < chunks; chunk += kMathWarps)
                 stage(MOE_DECODE_STAGE_BYTES, [&](uint32_t shared, uint32_t bar) {
@@ -218,6 +225,39 @@ struct gate_up_decode {
             if (found < end) return found;
         }
         return end;
+    }
+
+    // The same where `plain` for one token or two: a weight row a lane, 16 lanes a token, then an output each for half of them.
+    // Four times the lanes, and a quarter of the instructions behind the last sums.
+    __device__ __forceinline__ void write_plain(const ring_position &from, int32_t expert,
+                                                int32_t tile) const
+    {
+        const moe_gate_up_args &stage = args.stage;
+        const int32_t topk = args.slots.topk, lane = threadIdx.x % 32, row = lane % 16;
+        const int32_t token = min(lane / 16, static_cast<int32_t>(stage.num_tokens) - 1);
+        const int32_t out = tile * 8 + row % 8, end = token * topk + topk;
+        int32_t slot = first_slot(token * topk, end, expert);
+        const bool first_is_up = stage.w13_order == MOE_ORDER_UP_GATE;
+        const bool writes = row < 8 && lane / 16 == token && out < stage.intermediate_size;
+        const int32_t slots = slot < end ? slot : 0;
+        typename T::element *to = static_cast<typename T::element *>(stage.intermediate) +
+                                  slots * stage.intermediate_stride + out;
+        const float *sum = &sums[from.stage].sum[0][token][row];
+        int32_t others = slot < end ? first_slot(slot + 1, end, expert) : end; // seldom any
+        compute_now(reinterpret_cast<uint64_t>(to) + reinterpret_cast<uint64_t>(sum) + others);
+        mbarrier_wait(shared_address(&state.summed[from.stage]), from.parity);
+        float total = 0.0f;
+#pragma unroll
+        for (int warp = 0; warp < kMathWarps; ++warp)
+            total += sum[warp * kTokens * kPitch];
+        const float other = __shfl_down_sync(0xffffffffu, total, 8);
+        const float gate = first_is_up ? other : total, up = first_is_up ? total : other;
+        const typename T::element result = T::round(swish(gate, 1.0f) * up);
+        if (!writes || slot == end) return;
+        *to = result;
+#pragma unroll 1
+        for (; others < end; others = first_slot(others + 1, end, expert))
+            to[(others - slot) * stage.intermediate_stride] = result;
     }
 
     // Four outputs of a token a thread, for each of its slots that goes to this expert. One warp, all others wait for it in
@@ -306,9 +346,13 @@ struct gate_up_decode {
     __device__ __forceinline__ void write_all(items at) const
     {
         ring_position from;
+        const bool few = kTiles == 1 && plain && args.stage.num_tokens <= 2;
 #pragma unroll 1
         for (; at.count > 0; next(at)) {
-            write(from, state.active[at.rank], at.tile);
+            if (few)
+                write_plain(from, state.active[at.rank], at.tile);
+            else
+                write(from, state.active[at.rank], at.tile);
             mbarrier_wait(shared_address(&state.summed[from.stage]), from.parity);
             mbarrier_arrive(shared_address(&state.written[from.stage]));
             from.next(2);
@@ -334,13 +378,27 @@ struct gate_up_decode {
             compute_now(first);
         }
         grid_dependency_wait();
+        if (args.stages_left == MOE_DECODE_AT_ONCE) grid_launch_dependents();
+        // The warp that asks for weights finds few experts by itself: no shared memory and no barrier in between.
+        const bool apart = few_slots<kTiles>(args.slots);
+        if (apart && threadIdx.x / 32 == kMathWarps) {
+            const int32_t lane = threadIdx.x % 32;
+            bool leads;
+            int32_t active;
+            const lane_slot slot = rank_few_slots(
+                args.slots, lane < args.slots.num_slots ? load_id(args.slots, lane) : 0, leads,
+                active);
+            if (active != args.slots.num_slots) mine = share(active);
+            produce(mine, slot.expert, leads ? slot.rank : -1);
+            return;
+        }
         if (threadIdx.x == kFinders) load_panel(first);
-        const int32_t active = find_experts<kTiles>(state, args.slots);
+        const int32_t active = find_experts<kTiles>(state, args.slots, apart);
         if (active != args.slots.num_slots) mine = share(active);
         if (threadIdx.x < kMathThreads)
             consume(mine);
         else if (threadIdx.x == kMathThreads)
-            produce(mine);
+            produce(mine, 0, kListed);
         else if (threadIdx.x >= kMathThreads + 32)
             write_all(mine);
     }

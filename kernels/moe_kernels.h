@@ -433,6 +433,7 @@ typedef struct moe_fill_args {
 #define MOE_DECODE_SLOTS                   512
 #define MOE_DECODE_MATH_WARPS              8
 #define MOE_DECODE_MAX_STAGES              16
+#define MOE_DECODE_AT_ONCE                 (-1) /* stages_left: down may start after gate_up's wait */
 #define MOE_DECODE_SLOT_BYTES              5888 /* barriers, slots, experts, weights */
 #define MOE_DECODE_STAGE_BYTES             16384
 #define MOE_DECODE_PANEL_PITCH(k)          ((((k) + 63) / 64 * 64 + 8) * 2)

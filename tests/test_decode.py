@@ -103,6 +103,15 @@ def test_routings(backend, seed, num_tokens, topk, routing, ids_dtype):
     check_layer(backend, layer)
 
 
+@pytest.mark.small
+@pytest.mark.parametrize("order", reference.ORDERS)
+@pytest.mark.parametrize("routing", ["uniform", "half", "dropped", "none", "duplicates"])
+@pytest.mark.parametrize("sizes", [(1, 264, 128, 24, 10), (2, 520, 72, 9, 4)], ids=str)
+def test_one_and_two_tokens(backend, seed, sizes, routing, order):
+    """16 lanes write a token's outputs of gate_up, and no warp of down has two stages."""
+    check_layer(backend, make_layer(seed, *sizes, routing=routing, w13_order=order))
+
+
 @pytest.mark.parametrize("activation, alpha, limit, clamp, gated", ALL_ACTIVATIONS)
 def test_activations(backend, seed, activation, alpha, limit, clamp, gated):
     options = {"activation_alpha": alpha, "activation_limit": limit, "clamp": clamp}
@@ -176,7 +185,9 @@ def test_same_bits_every_time(backend, seed, sizes):
     assert all(same_bits(run_layer(backend, layer), first) for _ in range(100))
 
 
-@pytest.mark.parametrize("num_tokens, intermediate_size", [(1, 192), (8, 192), (16, 192), (2, 128)])
+@pytest.mark.parametrize(
+    "num_tokens, intermediate_size", [(1, 192), (8, 192), (16, 192), (1, 128), (2, 128)]
+)
 def test_back_to_back_with_one_workspace(gpu, seed, num_tokens, intermediate_size):
     """Calls that share their scratch overlap (each kernel starts before the one in front of it has
     ended): none of 10,000 may read or write it too early. Every call has its own routing."""
