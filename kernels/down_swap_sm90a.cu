@@ -14,6 +14,6 @@
     {                                                                                              \
         prefetch_maps(weights);                                                                    \
         run_gemm<gemm_swap<type, rows, cols, k, stages>>(                                          \
-            down_swap_problem<type>{args, &weights, args.hidden_size, args.intermediate_size});         \
+            down_swap_problem<type>{args, &weights, args.hidden_size, args.intermediate_size});    \
     }
 #include "gemm_instances.cuh"

@@ -17,9 +17,9 @@
     {                                                                                              \
         prefetch_maps(w13, w2);                                                                    \
         run_gemm<gemm_swap<type, rows, cols, k, stages>>(                                          \
-            gate_up_swap_problem<type>{args.gate_up, &w13, gate_up_cols(args.gate_up),                  \
-                                  args.gate_up.hidden_size},                                       \
-            down_swap_problem<type>{args.down, &w2, args.down.hidden_size,                              \
-                               args.down.intermediate_size});                                      \
+            gate_up_swap_problem<type>{args.gate_up, &w13, gate_up_cols(args.gate_up),             \
+                                       args.gate_up.hidden_size},                                  \
+            down_swap_problem<type>{args.down, &w2, args.down.hidden_size,                         \
+                                    args.down.intermediate_size});                                 \
     }
 #include "gemm_instances.cuh"

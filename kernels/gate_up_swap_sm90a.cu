@@ -15,6 +15,6 @@
     {                                                                                              \
         prefetch_maps(weights);                                                                    \
         run_gemm<gemm_swap<type, rows, cols, k, stages>>(                                          \
-            gate_up_swap_problem<type>{args, &weights, gate_up_cols(args), args.hidden_size});          \
+            gate_up_swap_problem<type>{args, &weights, gate_up_cols(args), args.hidden_size});     \
     }
 #include "gemm_instances.cuh"
