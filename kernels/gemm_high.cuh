@@ -216,7 +216,7 @@ struct gemm_high {
         return *reinterpret_cast<typename Gemm::shared *>(shared_memory);
     }
 
-    // All that was in shared memory has been read and what was written there is visible to the copy engine.
+    // What was in shared memory has been read; what was written there is visible to the copy engine.
     static __device__ __forceinline__ void change()
     {
         fence_proxy_async();
@@ -236,6 +236,8 @@ struct gemm_high {
                 add_release(&const_cast<moe_tile *>(up.args.tiles)[tile].done, 1);
         });
         change();
+        Up::stop(memory<Up>());
+        change();
         low_stage::begin(memory<Low>(), second, item);
         low_stage::math(memory<Low>(), low, [](uint32_t) {});
     }
@@ -252,6 +254,7 @@ struct gemm_high {
         if (any) item = next;
         __syncwarp();
         change();
+        change(); // the barriers of gate_up are gone
         low_stage::begin(memory<Low>(), second, item - first.items());
         if (low_stage::leads())
             low_stage::copy(memory<Low>(), second, low, [&](uint32_t tile) {

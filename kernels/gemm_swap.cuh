@@ -567,6 +567,20 @@ struct gemm_swap {
         __syncthreads();
     }
 
+    // The memory of the barriers is free again. Every thread, when nobody uses them; a barrier of all has to follow.
+    static __device__ __forceinline__ void stop(shared &smem)
+    {
+        if (threadIdx.x != 0) return;
+        for (int stage = 0; stage < kStages; ++stage) {
+            mbarrier_invalidate(shared_address(&smem.landed[stage]));
+            mbarrier_invalidate(shared_address(&smem.read[stage]));
+        }
+        for (uint64_t &turn : smem.turn)
+            mbarrier_invalidate(shared_address(&turn));
+        for (uint64_t &posted : smem.posted)
+            mbarrier_invalidate(shared_address(&posted));
+    }
+
     // All items of this block, of one GEMM or of two. Problem: weights: the map; box(col, part, rows) -> coordinates of
     // half the weights of an item; token_row(row) -> pointer to a token row by its number among all, NULL: zeros;
     // write(smem, work, sums); once(): whether its weights leave L2 first; args, num_cols, k_size; kTaken: which number behind num_tiles counts the items taken.
@@ -597,7 +611,10 @@ struct gemm_swap {
             if constexpr (High::kThere) {
                 __syncthreads();
                 const uint32_t tiles = smem.high_tiles, item = smem.high_item;
-                if (tiles > 0) high.math(tiles, item);
+                if (tiles > 0) {
+                    stop(smem);
+                    high.math(tiles, item);
+                }
             }
         } else {
             set_registers_fewer<kCopyRegisters>();

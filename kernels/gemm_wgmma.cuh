@@ -831,6 +831,18 @@ struct gemm_wgmma {
         __syncthreads();
     }
 
+    // The memory of the barriers is free again. Every thread, when nobody uses them; a barrier of all has to follow.
+    static __device__ __forceinline__ void stop(shared &smem)
+    {
+        if (threadIdx.x != 0) return;
+        for (int stage = 0; stage < kStages; ++stage) {
+            mbarrier_invalidate(shared_address(&smem.landed[stage]));
+            mbarrier_invalidate(shared_address(&smem.read[stage]));
+        }
+        for (uint64_t &turn : smem.turn)
+            mbarrier_invalidate(shared_address(&turn));
+    }
+
     // All tiles of this block. Problem: weights, tokens: the maps; box(col, part, rows) -> coordinates of half the
     // weights of a tile; tokens(), token_stride(): of gathered rows;
     // write(results, sums, weight of this thread's two rows); args, num_cols, k_size; band_tiles: of the

@@ -39,6 +39,12 @@ __device__ __forceinline__ void mbarrier_init(uint32_t bar, uint32_t arrivals)
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" :: "r"(bar), "r"(arrivals) : "memory");
 }
 
+// mbarrier.inval, "mbarrier.inval": the memory of a barrier may be used for something else. One thread, when nobody uses it.
+__device__ __forceinline__ void mbarrier_invalidate(uint32_t bar)
+{
+    asm volatile("mbarrier.inval.shared::cta.b64 [%0];" :: "r"(bar) : "memory");
+}
+
 // fence.proxy.async, "membar / fence": what this thread wrote to shared memory (barriers too) is visible to
 // the copy engine and to wgmma. The thread that initialised the barriers.
 __device__ __forceinline__ void fence_proxy_async()
