@@ -374,10 +374,9 @@ typedef struct moe_combine_args {
 
 /* In front of a down that adds: out[t] = shared_output[t], or zeros. */
 typedef struct moe_fill_args {
-    const void *shared_output; /* [num_tokens, hidden_size] bf16, f16; or NULL */
-    const int32_t *
-        row_of_slot; /* [num_tokens]: only tokens of no row in [0, num_tokens) are filled; or NULL: all */
-    void *out;       /* [num_tokens, hidden_size] the same, 16-byte aligned rows, written */
+    const void *shared_output;  /* [num_tokens, hidden_size] bf16, f16; or NULL */
+    const int32_t *row_of_slot; /* [num_tokens]: tokens with a row are left out; NULL: none */
+    void *out; /* [num_tokens, hidden_size] the same, 16-byte aligned rows, written */
     int64_t shared_stride;
     int64_t out_stride;
     int64_t num_tokens;

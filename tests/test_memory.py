@@ -225,6 +225,7 @@ def test_torch_calls(layer):
 
 @pytest.mark.gpu
 def test_gpu_memory(gpu, layer):
+    """What is free is the device's: other processes may take some of it, but not each time."""
     torch = gpu.torch
     kwargs = {k: gpu.put(v) for k, v in arguments(layer).items()}
     bad = failing(kwargs, {"activation": "relu"})
@@ -236,11 +237,15 @@ def test_gpu_memory(gpu, layer):
     for _ in range(100):
         call()
     gc.collect()  # tensors of earlier tests that only a cycle holds
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
-    assert_flat(call, list(kwargs.values()))
-    torch.cuda.synchronize()
-    assert (torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]) == before
+    changes = []
+    for _ in range(8):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+        assert_flat(call, list(kwargs.values()))
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == before[0]
+        changes.append(torch.cuda.mem_get_info()[0] - before[1])
+    assert 0 in changes
 
 
 def test_guard_zones_notice_a_write(cpu):
