@@ -410,13 +410,15 @@ static int32_t adding_row(const variant *chosen, const moe_problem *p, const moe
     return -1;
 }
 
-/* Whether the plan may choose it: on Hopper mma.sync with tiles of 64 rows and more was the fastest nowhere. */
+/* Whether the plan may choose it: on Hopper mma.sync with tiles of 64 rows and more was the fastest nowhere; and who asks for
+ * tiles of one height means the kernels made for it. */
 static bool allowed(int32_t row, int32_t stage, const moe_problem *p, const moe_device_info *d)
 {
     const variant *v = &VARIANTS[row];
     const int32_t only = stage == MOE_OP_GATE_UP ? d->gate_up_row : d->down_row;
-    if (only > 0 || d->tile_rows) return only <= 0 || only == row + 1;
-    return !(d->hopper && p->vector_bytes >= 16 && v->arch == ARCH_sm80 && v->rows >= 64);
+    if (only > 0) return only == row + 1;
+    const int32_t fewest_rows = d->tile_rows ? 32 : 64;
+    return !(d->hopper && p->vector_bytes >= 16 && v->arch == ARCH_sm80 && v->rows >= fewest_rows);
 }
 
 /* Measured: below, decode and the kernels of mma.sync are faster than K split over a cluster; and so is a K of few steps
@@ -684,8 +686,8 @@ static bool join_gemms(moe_plan *plan, const moe_device_info *d, const gemm_shap
         else if (VARIANTS[plan->gate_up.variant].arch != ARCH_sm90a_swap ||
                  VARIANTS[plan->down.variant].arch != ARCH_sm90a_swap)
             return false;
-    } else if (d->high <= 0 && (VARIANTS[plan->gate_up.variant].arch != ARCH_sm90a_swap ||
-                                VARIANTS[plan->down.variant].arch != ARCH_sm90a_swap)) {
+    } else if (VARIANTS[plan->gate_up.variant].arch != ARCH_sm90a_swap ||
+               VARIANTS[plan->down.variant].arch != ARCH_sm90a_swap) {
         return false;
     }
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) {

@@ -1,6 +1,7 @@
 """gate_up and down in one launch against one launch each, on a GPU: the same bits, whoever waits
 for whom. Against the oracle: tests/test_variants.py."""
 
+import fusedmoe
 import pytest
 from fusedmoe import _C, fused_experts
 from support import BF16, F16, F32, make_layer, put_layer, run_layer, same_bits, workspace_bytes
@@ -26,9 +27,20 @@ def height(request, gpu):
 
 def two_launches(gpu, layer, height):
     _C._restrict_plans(False, height, True)
+    assert not planned(layer, "experts", height)
     want = run_layer(gpu, layer)
     _C._restrict_plans(False, height)
+    assert planned(layer, "experts", height)
     return want
+
+
+def planned(layer, stage, height):
+    num_tokens, hidden_size = layer.hidden_states.shape
+    num_experts, _, intermediate_size = layer.w2.shape
+    dtype = layer.hidden_states.dtype.name
+    sizes = num_tokens, hidden_size, intermediate_size, num_experts, layer.topk_ids.shape[1]
+    name = fusedmoe.plan(*sizes, dtype=dtype, device="cuda")["down"]["name"]
+    return name.startswith(f"moe_{stage}_") and f"_{height}x128_sm90a_" in name
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
