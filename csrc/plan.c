@@ -434,12 +434,18 @@ static int32_t most_swap_rows(const moe_problem *p, const moe_device_info *d)
     return tiles < d->num_sms ? 72 : 48;
 }
 
+/* A stream of rows read and written, and a launch. */
+static double combine_us(double bytes, const moe_device_info *d)
+{
+    return bytes / (0.9 * d->read_bytes_per_us) + 2.0;
+}
+
 static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem *p,
                             const moe_device_info *d, const gemm_shape *s, double *us)
 {
     const bool once = stage == MOE_OP_DOWN && p->topk == 1 && may_add(p, d);
-    const double combine_us =
-        1.8 + 4.0 * (double)p->num_tokens * p->hidden_size / (0.9 * d->read_bytes_per_us);
+    const double row_bytes = (double)p->hidden_size * (double)moe_dtype_bytes(p->dtype),
+                 others_us = once ? combine_us(2.0 * (double)p->num_tokens * row_bytes, d) : 0.0;
     int32_t best = -1;
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
         if (VARIANTS[i].rows != tile_rows || VARIANTS[i].arch == ARCH_sm90a_decode ||
@@ -453,7 +459,7 @@ static int32_t best_variant(int32_t stage, int32_t tile_rows, const moe_problem 
              ceil_div(s->depth, VARIANTS[i].k) < FEWEST_SPLIT_STEPS))
             continue;
         double cost = gemm_us(&VARIANTS[i], s, d);
-        if (once && adding_row(&VARIANTS[i], p, d) < 0) cost += combine_us;
+        if (once && adding_row(&VARIANTS[i], p, d) < 0) cost += others_us;
         if (best < 0 || cost < *us) {
             best = i;
             *us = cost;
@@ -953,9 +959,8 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
     const int32_t align_launches = plan->decode ? 0 : plan->workspace.counts >= 0 ? 2 : 1;
     const int32_t combine_launches = plan->decode ? 0 : 1;
     if (plan->backend == MOE_CUDA) {
-        const double combine_us =
-            plan->decode ? 0 : combine_bytes / (0.9 * device->read_bytes_per_us) + 2.0;
-        plan->us = chunks * (plan->gate_up.us + plan->down.us + combine_us + 3.0 * align_launches +
+        const double last_us = plan->decode ? 0 : combine_us(combine_bytes, device);
+        plan->us = chunks * (plan->gate_up.us + plan->down.us + last_us + 3.0 * align_launches +
                              (p->routed ? 2.5 : 0));
         plan->num_launches =
             (int32_t)min64(INT32_MAX, plan->num_chunks * (2 - plan->one_launch + combine_launches +

@@ -31,6 +31,14 @@ static __device__ __forceinline__ void release_stage(uint64_t &read)
     if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&read));
 }
 
+// The memory of barriers that nobody uses any more is free again. One thread.
+template <int kBarriers>
+static __device__ __forceinline__ void invalidate(uint64_t (&barriers)[kBarriers])
+{
+    for (uint64_t &barrier : barriers)
+        mbarrier_invalidate(shared_address(&barrier));
+}
+
 template <class... Maps>
 static __device__ __forceinline__ void prefetch_maps(const Maps &...maps)
 {

@@ -571,14 +571,10 @@ struct gemm_swap {
     static __device__ __forceinline__ void stop(shared &smem)
     {
         if (threadIdx.x != 0) return;
-        for (int stage = 0; stage < kStages; ++stage) {
-            mbarrier_invalidate(shared_address(&smem.landed[stage]));
-            mbarrier_invalidate(shared_address(&smem.read[stage]));
-        }
-        for (uint64_t &turn : smem.turn)
-            mbarrier_invalidate(shared_address(&turn));
-        for (uint64_t &posted : smem.posted)
-            mbarrier_invalidate(shared_address(&posted));
+        invalidate(smem.landed);
+        invalidate(smem.read);
+        invalidate(smem.turn);
+        invalidate(smem.posted);
     }
 
     // All items of this block, of one GEMM or of two. Problem: weights: the map; box(col, part, rows) -> coordinates of

@@ -835,12 +835,9 @@ struct gemm_wgmma {
     static __device__ __forceinline__ void stop(shared &smem)
     {
         if (threadIdx.x != 0) return;
-        for (int stage = 0; stage < kStages; ++stage) {
-            mbarrier_invalidate(shared_address(&smem.landed[stage]));
-            mbarrier_invalidate(shared_address(&smem.read[stage]));
-        }
-        for (uint64_t &turn : smem.turn)
-            mbarrier_invalidate(shared_address(&turn));
+        invalidate(smem.landed);
+        invalidate(smem.read);
+        invalidate(smem.turn);
     }
 
     // All tiles of this block. Problem: weights, tokens: the maps; box(col, part, rows) -> coordinates of half the
