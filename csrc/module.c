@@ -491,14 +491,15 @@ static PyObject *plan_dict(const moe_plan *plan)
 {
     /* "N" steals, and Py_BuildValue passes a NULL on as its own failure */
     return Py_BuildValue(
-        "{sN ss si sL sL si si si si sL sL si sO sO sN sN sN sd sd sd}", "problem",
+        "{sN ss si sL sL si si si si si sL sL si sO sO sN sN sN sd sd sd}", "problem",
         problem_dict(&plan->problem), "backend", plan->backend == MOE_CUDA ? "cuda" : "cpu",
         "num_sms", plan->num_sms, "chunk_tokens", (long long)plan->chunk_tokens, "num_chunks",
-        (long long)plan->num_chunks, "align_blocks", plan->align.blocks, "tile_rows",
-        plan->tile_rows, "max_tiles", plan->max_tiles, "combine_vector_bytes",
-        plan->combine_vector_bytes, "intermediate_stride", (long long)plan->intermediate_stride,
-        "rows_stride", (long long)plan->rows_stride, "num_launches", plan->num_launches,
-        "deterministic", plan->deterministic ? Py_True : Py_False, "batch_invariant",
+        (long long)plan->num_chunks, "align_blocks", plan->align.blocks, "align_count_blocks",
+        plan->align.count_blocks, "tile_rows", plan->tile_rows, "max_tiles", plan->max_tiles,
+        "combine_vector_bytes", plan->combine_vector_bytes, "intermediate_stride",
+        (long long)plan->intermediate_stride, "rows_stride", (long long)plan->rows_stride,
+        "num_launches", plan->num_launches, "deterministic",
+        plan->deterministic ? Py_True : Py_False, "batch_invariant",
         plan->batch_invariant ? Py_True : Py_False, "gate_up", gemm_dict(&plan->gate_up), "down",
         gemm_dict(&plan->down), "workspace", workspace_dict(&plan->workspace), "bytes", plan->bytes,
         "flops", plan->flops, "us", plan->us);

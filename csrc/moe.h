@@ -231,14 +231,16 @@ typedef struct moe_gemm_plan {
 } moe_gemm_plan;
 
 enum {
-    MOE_ALIGN_FEW = 0, /* one launch, a warp for each row and each offset; no tiles */
-    MOE_ALIGN_WHOLE,   /* one launch, a thread for each slot of a block */
-    MOE_ALIGN_TWICE    /* counts, then places: two launches */
+    MOE_ALIGN_FEW = 0,  /* one launch, a warp for each row and each offset; no tiles */
+    MOE_ALIGN_WHOLE,    /* one launch, a thread for each slot of a block */
+    MOE_ALIGN_CLUSTERS, /* the same, counted by clusters of blocks */
+    MOE_ALIGN_TWICE     /* counts, then places: two launches */
 };
 
 typedef struct moe_align_plan {
     int32_t kind; /* MOE_ALIGN_*, on a GPU */
     int32_t blocks, threads;
+    int32_t count_blocks, piece_slots; /* of two launches: as in moe_align_args */
 } moe_align_plan;
 
 /* One plan, made once. Stages take it and decide nothing again. */
@@ -247,6 +249,7 @@ typedef struct moe_plan {
     moe_backend backend;
     int32_t num_sms;
     int32_t smem_per_block;
+    int32_t hopper;       /* 1: runs the kernels made for sm_90a */
     int64_t chunk_tokens; /* tokens per pass; num_tokens where one pass is enough */
     int64_t num_chunks;
     int32_t decode;     /* 1: no align and no combine; gate_up and down read topk_ids themselves */

@@ -213,12 +213,14 @@ static moe_align_args align_args(const run *r, int64_t first_token, int64_t num_
     a.num_tokens = num_tokens;
     a.topk = p->topk;
     a.num_experts = p->num_experts;
-    a.ids_dtype = p->ids_dtype;
+    a.ids_dtype = (int16_t)p->ids_dtype;
     a.tile_rows = plan->tile_rows;
     a.max_tiles = plan->max_tiles;
     a.high_rows = plan->high_rows;
     a.high_cost = plan->high_cost;
-    a.num_blocks = plan->align.blocks;
+    a.num_blocks = (int16_t)plan->align.blocks;
+    a.count_blocks = (int16_t)plan->align.count_blocks;
+    a.piece_slots = (int16_t)plan->align.piece_slots;
     return a;
 }
 
@@ -495,7 +497,7 @@ static moe_align_args align_alone_args(const run *r)
     moe_align_args a = align_args(r, 0, r->plan->problem.num_tokens);
     a.topk_ids = c->topk_ids.data;
     a.ids_stride = row_stride(&c->topk_ids);
-    a.ids_dtype = c->topk_ids.dtype;
+    a.ids_dtype = (int16_t)c->topk_ids.dtype;
     a.expert_offsets = c->expert_offsets.data;
     a.sorted_token_ids = c->sorted_token_ids.data;
     a.row_of_slot = c->row_of_slot.data;

@@ -538,12 +538,24 @@ static bool wants_tiles(const moe_problem *p)
     return needs(p, MOE_OP_GATE_UP) || needs(p, MOE_OP_DOWN);
 }
 
+/* Two launches: as many slots at a time as a block has, its threads hold and its memory. */
+static int32_t piece_slots(const moe_plan *plan, const moe_align_plan *align, int64_t num_slots)
+{
+    const int64_t share = round_up(ceil_div(num_slots, align->blocks), 4);
+    int64_t piece = min64(share, MOE_ALIGN_PIECE_THREAD_SLOTS * align->threads);
+    while (MOE_ALIGN_PIECE_SMEM_BYTES(plan->problem.num_experts, piece) + MOE_ALIGN_STATIC_BYTES >
+           plan->smem_per_block)
+        piece = piece / 2;
+    return (int32_t)piece;
+}
+
 /* All of it measured. */
 static moe_align_plan plan_align(const moe_plan *plan, int64_t num_slots)
 {
     const int32_t num_experts = plan->problem.num_experts;
-    moe_align_plan align = {MOE_ALIGN_WHOLE, 1, 0};
+    moe_align_plan align = {MOE_ALIGN_WHOLE, 1, 0, 0, 0};
     if (plan->backend == MOE_CPU) return align;
+    const bool clusters = plan->hopper && num_experts <= 512;
     if (num_slots <= MOE_ALIGN_FEW_SLOTS && !wants_tiles(&plan->problem)) {
         align.kind = MOE_ALIGN_FEW;
         align.threads = MOE_ALIGN_FEW_THREADS;
@@ -553,7 +565,7 @@ static moe_align_plan plan_align(const moe_plan *plan, int64_t num_slots)
                MOE_ALIGN_SMEM_BYTES(num_experts, num_slots) + MOE_ALIGN_STATIC_BYTES <=
                    plan->smem_per_block) {
         align.threads = align_threads(num_slots, num_experts);
-    } else if (num_slots <= (num_experts <= 256 ? 16384 : 24576)) {
+    } else if (num_slots <= (clusters ? 6144 : num_experts <= 256 ? 16384 : 24576)) {
         /* with more experts the counts of all blocks, which two launches need, are longer */
         align.blocks =
             (int32_t)min64(ceil_div(num_slots, MOE_ALIGN_SHARE_SLOTS), MOE_ALIGN_WHOLE_BLOCKS);
@@ -562,14 +574,18 @@ static moe_align_plan plan_align(const moe_plan *plan, int64_t num_slots)
                                       : num_slots <= 6144 ? 512
                                                           : 1024,
                                       num_experts);
+    } else if (clusters && num_slots <= MOE_ALIGN_CLUSTER_SLOTS) {
+        align.kind = MOE_ALIGN_CLUSTERS;
+        align.blocks = MOE_ALIGN_CLUSTER_BLOCKS;
+        align.threads = MOE_ALIGN_CLUSTER_SLOTS / MOE_ALIGN_CLUSTER_BLOCKS;
     } else {
-        /* every block reads the counts of all, which are long where there are many experts */
-        const int64_t most = num_slots >= 1 << 18                        ? 128
-                             : num_experts > 128 && num_slots <= 1 << 15 ? 32
-                                                                         : 64;
+        /* blocks of both launches have SMs of their own; every block reads the counts of all */
+        const bool many = num_slots >= 1 << 18, few = num_experts > 256 || num_slots <= 1 << 16;
         align.kind = MOE_ALIGN_TWICE;
-        align.blocks = (int32_t)min64(ceil_div(num_slots, 512), most);
-        align.threads = align_threads(num_slots < 1 << 18 ? 512 : 1024, num_experts);
+        align.count_blocks = many ? 32 : few ? 16 : 24;
+        align.blocks = align.count_blocks * (few && !many ? 6 : 4);
+        align.threads = align_threads(512, num_experts);
+        align.piece_slots = piece_slots(plan, &align, num_slots);
     }
     return align;
 }
@@ -598,7 +614,7 @@ static void lay_out(const moe_plan *plan, int64_t chunk_tokens, moe_workspace *w
         take(&total, list, most_tiles(p, slots, SMALLEST_TILE_ROWS) * (int64_t)sizeof(moe_tile));
     w->num_tiles = take(&total, list, 16); /* and what stands behind it */
     w->counts = take(&total, gpu && (block || aligns(p)) && align.kind == MOE_ALIGN_TWICE,
-                     (int64_t)align.blocks * p->num_experts * 4);
+                     (int64_t)(align.count_blocks + align.blocks) * p->num_experts * 4);
     w->intermediate = take(&total, layer, slots * plan->intermediate_stride * bytes);
     w->rows = take(&total, layer, slots * plan->rows_stride * bytes);
     w->total = total;
@@ -915,6 +931,7 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
     plan->backend = device->backend;
     plan->num_sms = device->num_sms;
     plan->smem_per_block = device->smem_per_block;
+    plan->hopper = device->hopper;
     plan->deterministic = 1; /* every kernel there is but those of choose_adds */
     const int64_t bytes = moe_dtype_bytes(p->dtype);
     plan->intermediate_stride = round_up(p->intermediate_size, 16 / bytes);

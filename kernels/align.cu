@@ -23,17 +23,6 @@ static constexpr int kThreads = MOE_ALIGN_THREADS;
 static_assert(kThreads >= kMaxExperts, "a thread for each expert");
 static_assert(kThreads >= MOE_ALIGN_ONE_SLOTS, "a thread for each slot of a block that is alone");
 
-// The slots of this block: a contiguous part, equal but for the last. How many, at most: a multiple of 4.
-static __device__ __forceinline__ int64_t block_slots(const moe_align_args &args, int64_t &begin,
-                                                      int64_t &end)
-{
-    int64_t num_slots = args.num_tokens * args.topk;
-    int64_t share = (num_slots + 4 * args.num_blocks - 1) / (4 * args.num_blocks) * 4;
-    begin = min(share * static_cast<int64_t>(blockIdx.x), num_slots);
-    end = min(begin + share, num_slots);
-    return share;
-}
-
 extern "C" __global__ void __launch_bounds__(MOE_ALIGN_FEW_THREADS, 1)
     moe_align_few(const __grid_constant__ moe_align_args args)
 {
@@ -72,14 +61,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     extern __shared__ uint4 memory[];
     __shared__ int16_t
         expert_of[2 * MOE_ALIGN_SHARE_SLOTS]; // of the block's slots, where it is not alone
+    __shared__ uint32_t totals[3 * 32];
     int64_t begin, end;
-    const int32_t share = static_cast<int32_t>(block_slots(args, begin, end));
+    const int32_t share = static_cast<int32_t>(block_slots(args, blockIdx.x, begin, end));
     const int32_t first = static_cast<int32_t>(begin),
                   num_slots = static_cast<int32_t>(end) - first;
     const int32_t num_experts = args.num_experts;
     const bit_matrix matrix(memory, num_experts, share);
     // Slots of other blocks, of each expert: in front of this block's, then behind.
-    uint32_t *others = static_cast<uint32_t *>(matrix.spare);
+    uint32_t *others = matrix.spare;
     const bool alone = gridDim.x == 1, has = threadIdx.x < num_experts;
     matrix.clear();
     for (int32_t i = threadIdx.x; !alone && i < 2 * num_experts; i += blockDim.x)
@@ -95,21 +85,22 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         if (expert >= 0) matrix.set(expert, slot);
     } else {
         // A share is a multiple of 4: of four slots all are the block's or none.
-        visit_slots(args, [&](int32_t any, const int32_t(&to)[4], int32_t n) {
-            const int32_t at = any - first;
-            uint32_t *count = others + (at < 0 ? 0 : num_experts);
-            if (at < 0 || at >= num_slots) {
+        visit_slots<2>(args, threadIdx.x, blockDim.x,
+                       [&](int32_t any, const int32_t(&to)[4], int32_t n) {
+                           const int32_t at = any - first;
+                           uint32_t *count = others + (at < 0 ? 0 : num_experts);
+                           if (at < 0 || at >= num_slots) {
 #pragma unroll
-                for (int j = 0; j < 4; ++j)
-                    if (to[j] >= 0) atomicAdd(count + to[j], 1);
-            } else {
+                               for (int j = 0; j < 4; ++j)
+                                   if (to[j] >= 0) atomicAdd(count + to[j], 1);
+                           } else {
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    if (j < n) expert_of[at + j] = static_cast<int16_t>(to[j]);
-                    if (to[j] >= 0) matrix.set(to[j], at + j);
-                }
-            }
-        });
+                               for (int j = 0; j < 4; ++j) {
+                                   if (j < n) expert_of[at + j] = static_cast<int16_t>(to[j]);
+                                   if (to[j] >= 0) matrix.set(to[j], at + j);
+                               }
+                           }
+                       });
     }
     __syncthreads();
     int32_t rows = matrix.count_rows();
@@ -118,126 +109,187 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         if (has) rows += before + others[num_experts + threadIdx.x];
         if (slot < num_slots) expert = expert_of[slot];
     }
-    place_experts(args, matrix, rows, before);
+    const expert_places places(args, totals, rows, before, matrix.starts);
     __syncthreads();
-    if (slot < num_slots) place_slot(args, matrix, first + slot, slot, expert);
+    if (slot < num_slots)
+        place_slot(args, first + slot,
+                   expert < 0 ? -1 : matrix.starts[expert] + matrix.before(expert, slot));
+    places.write(args);
 }
 
+// A block counts the slots of several blocks of moe_align_place, apart: what each of these has to add up is short then.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     moe_align_count(const __grid_constant__ moe_align_args args)
 {
-    __shared__ int32_t count[kMaxExperts];
-    constexpr int kAhead = 4;
-    const int32_t threads = blockDim.x;
-    if (threadIdx.x < args.num_experts) count[threadIdx.x] = 0;
+    extern __shared__ uint4 memory[];
+    int32_t *counts = reinterpret_cast<int32_t *>(memory); // [parts, num_experts]
+    constexpr int kAhead = 8;
+    const int32_t num_experts = args.num_experts;
+    const int32_t parts = args.num_blocks / args.count_blocks, first_part = blockIdx.x * parts;
+    const int32_t threads = blockDim.x / parts, part = threadIdx.x / threads,
+                  thread = threadIdx.x - part * threads;
+    for (int32_t i = threadIdx.x; i < parts * num_experts; i += blockDim.x)
+        counts[i] = 0;
     int64_t begin, end;
-    block_slots(args, begin, end);
+    block_slots(args, first_part + part, begin, end);
+    if (part >= parts) end = begin; // threads left over
+    int32_t *count = counts + part * num_experts;
     fetch_parameters(args);
     __syncthreads();
     grid_dependency_wait();
     grid_launch_dependents();
-    for (; begin < end; begin += kAhead * threads) {
+    for (begin += thread; begin < end; begin += kAhead * threads) {
         int64_t id[kAhead];
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-            int64_t slot = begin + i * threads + threadIdx.x;
+            const int64_t slot = begin + i * threads;
             id[i] = slot < end ? load_id(args, slot) : 0;
         }
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-            if (begin + i * threads + threadIdx.x >= end) break;
-            int32_t expert = local_expert(args, id[i]);
-            if (expert >= 0) atomicAdd(&count[expert], 1); // a count: any order gives the same
+            if (begin + i * threads >= end) break;
+            const int32_t expert = local_expert(args, id[i]);
+            if (expert >= 0) atomicAdd(count + expert, 1); // a count: any order gives the same
         }
     }
     __syncthreads();
-    int32_t *out = args.counts + static_cast<int64_t>(blockIdx.x) * args.num_experts;
-    if (threadIdx.x < args.num_experts) out[threadIdx.x] = count[threadIdx.x];
+    if (threadIdx.x >= num_experts) return;
+    int32_t sum = 0, *sums = args.counts + threadIdx.x,
+            *in_front = sums + int64_t{args.count_blocks + first_part} * num_experts;
+    for (int32_t i = 0; i < parts; ++i) {
+        in_front[i * num_experts] = sum;
+        sum += counts[i * num_experts + threadIdx.x];
+    }
+    sums[blockIdx.x * num_experts] = sum;
+}
+
+// Of up to kPer slots for each thread, the rows of a block's piece: slots in the order of their rows, so that neighbouring
+// threads write neighbouring rows, and what row_of_slot needs.
+template <int kPer>
+struct sorted_piece {
+    int32_t expert[kPer], before[kPer]; // of slot i * blockDim.x + threadIdx.x; -1: dropped
+    int32_t to[kPer], slot[kPer],
+        behind_first[kPer];     // of the so-manieth row: expert, slot, number in it
+    int32_t num_slots, counted; // counted: of the thread's expert
+
+    // Clear matrix in front, barrier included. order: [piece] of shared memory, firsts: [num_experts].
+    __device__ __forceinline__ void sort(const moe_align_args &args, const bit_matrix &matrix,
+                                         uint32_t *order, int32_t *firsts, int64_t begin,
+                                         int64_t end)
+    {
+        const int32_t threads = blockDim.x;
+        num_slots = static_cast<int32_t>(min(end - begin, int64_t{args.piece_slots}));
+        int64_t id[kPer];
+#pragma unroll
+        for (int i = 0; i < kPer; ++i) {
+            const int32_t at = i * threads + threadIdx.x;
+            id[i] = at < num_slots ? load_id(args, begin + at) : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kPer; ++i) {
+            const int32_t at = i * threads + threadIdx.x;
+            expert[i] = at < num_slots ? local_expert(args, id[i]) : -1;
+            if (expert[i] >= 0) matrix.set(expert[i], at);
+        }
+        __syncthreads();
+        counted = matrix.count_rows();
+        const expert_scan scan = scan_experts(args.num_experts, counted, 0);
+        if (threadIdx.x < args.num_experts) firsts[threadIdx.x] = scan.first_row;
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kPer; ++i) {
+            const int32_t at = i * threads + threadIdx.x;
+            before[i] = expert[i] >= 0 ? matrix.before(expert[i], at) : 0;
+            if (expert[i] >= 0)
+                order[firsts[expert[i]] + before[i]] = static_cast<uint32_t>(expert[i] << 16 | at);
+        }
+        __syncthreads();
+#pragma unroll
+        for (int i = 0; i < kPer; ++i) {
+            const int32_t at = i * threads + threadIdx.x;
+            to[i] = -1;
+            if (at >= scan.num_rows) continue;
+            const uint32_t found = order[at];
+            to[i] = static_cast<int32_t>(found >> 16);
+            slot[i] = static_cast<int32_t>(begin) + static_cast<int32_t>(found & 0xffffu);
+            behind_first[i] = at - firsts[to[i]];
+        }
+    }
+    __device__ __forceinline__ void write(const moe_align_args &args, const int32_t *starts,
+                                          int64_t begin) const
+    {
+#pragma unroll
+        for (int i = 0; i < kPer; ++i) {
+            const int32_t at = i * blockDim.x + threadIdx.x;
+            if (at < num_slots)
+                args.row_of_slot[begin + at] = expert[i] < 0 ? -1 : starts[expert[i]] + before[i];
+            if (to[i] >= 0) args.sorted_token_ids[starts[to[i]] + behind_first[i]] = slot[i];
+        }
+    }
+};
+
+template <int kPer>
+static __device__ __forceinline__ void place(const moe_align_args &args, void *memory)
+{
+    __shared__ uint32_t totals[3 * 32];
+    constexpr int kAhead = 16; // counts that are under way together
+    const int32_t num_experts = args.num_experts;
+    const bool has = threadIdx.x < num_experts;
+    int64_t begin, end;
+    block_slots(args, blockIdx.x, begin, end);
+    const bit_matrix matrix(memory, num_experts, args.piece_slots);
+    int32_t *firsts = reinterpret_cast<int32_t *>(matrix.spare);
+    uint32_t *order = matrix.spare + 2 * num_experts;
+    matrix.clear();
+    fetch_parameters(args);
+    __syncthreads();
+    sorted_piece<kPer> piece;
+    piece.sort(args, matrix, order, firsts, begin, end);
+    grid_dependency_wait();
+    grid_launch_dependents();
+    int32_t rows = 0, in_front = 0;
+    if (has) {
+        const int32_t *sums = args.counts + threadIdx.x;
+        const int32_t mine = blockIdx.x / (args.num_blocks / args.count_blocks);
+        in_front =
+            sums[int64_t{args.count_blocks + static_cast<int32_t>(blockIdx.x)} * num_experts];
+        for (int32_t b = 0; b < args.count_blocks; b += kAhead) {
+            int32_t count[kAhead];
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i)
+                count[i] = b + i < args.count_blocks ? sums[(b + i) * num_experts] : 0;
+#pragma unroll
+            for (int i = 0; i < kAhead; ++i) {
+                rows += count[i];
+                if (b + i < mine) in_front += count[i];
+            }
+        }
+    }
+    const expert_places places(args, totals, rows, in_front, matrix.starts);
+    __syncthreads();
+    piece.write(args, matrix.starts, begin);
+    places.write(args);
+    while ((begin += args.piece_slots) < end) {
+        __syncthreads();
+        if (has) matrix.starts[threadIdx.x] += piece.counted;
+        matrix.clear();
+        __syncthreads();
+        piece.sort(args, matrix, order, firsts, begin, end);
+        piece.write(args, matrix.starts, begin);
+    }
 }
 
 // Every block adds up the counts of all and makes all starts again: that is shorter than a launch that does it once.
 // It follows moe_align_count, which let it begin after its own wait: whatever topk_ids hold was complete then, and the
-// first slots are in the matrix by the time the counts are there. It writes nothing before its wait.
+// first slots are sorted by the time the counts are there. It writes nothing before its wait.
 extern "C" __global__ void __launch_bounds__(kThreads, 1)
     moe_align_place(const __grid_constant__ moe_align_args args)
 {
     extern __shared__ uint4 memory[];
-    constexpr int kAhead = 16, kPer = 4; // counts that are under way together; slots of a thread
-    const int32_t num_experts = args.num_experts, threads = blockDim.x;
-    int64_t begin, end;
-    block_slots(args, begin, end);
-    const int32_t piece = min(kPer * threads, MOE_ALIGN_PIECE_SLOTS(num_experts));
-    const bit_matrix matrix(memory, num_experts, piece);
-    int32_t *rows = static_cast<int32_t *>(matrix.spare), // of all blocks
-        *before = rows + num_experts;                     // of those in front of this one
-    const bool has = threadIdx.x < num_experts;
-    matrix.clear();
-    if (has) rows[threadIdx.x] = before[threadIdx.x] = 0;
-    __syncthreads();
-    int32_t expert[kPer];
-    auto take = [&] {
-        const int32_t left = static_cast<int32_t>(min(end - begin, static_cast<int64_t>(piece)));
-        int64_t id[kPer];
-#pragma unroll
-        for (int i = 0; i < kPer; ++i) {
-            int32_t slot = i * threads + threadIdx.x;
-            id[i] = slot < left ? load_id(args, begin + slot) : 0;
-        }
-#pragma unroll
-        for (int i = 0; i < kPer; ++i) {
-            int32_t slot = i * threads + threadIdx.x;
-            expert[i] = slot < left ? local_expert(args, id[i]) : -1;
-            if (expert[i] >= 0) matrix.set(expert[i], slot);
-        }
-        __syncthreads();
-        return left;
-    };
-    int32_t num_slots = take(), counted = matrix.count_rows();
-    grid_dependency_wait();
-    grid_launch_dependents();
-    const int32_t lot = threads / num_experts, part = threadIdx.x / num_experts;
-    const int32_t of = threadIdx.x - part * num_experts;
-    if (part < lot) {
-        int32_t all = 0, in_front = 0;
-        for (int32_t b = part; b < args.num_blocks; b += kAhead * lot) {
-            int32_t count[kAhead];
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i)
-                count[i] = b + i * lot < args.num_blocks
-                               ? args.counts[(b + i * lot) * num_experts + of]
-                               : 0;
-#pragma unroll
-            for (int i = 0; i < kAhead; ++i) {
-                all += count[i];
-                if (b + i * lot < static_cast<int32_t>(blockIdx.x)) in_front += count[i];
-            }
-        }
-        if (all) atomicAdd(&rows[of], all);
-        if (in_front) atomicAdd(&before[of], in_front);
-    }
-    __syncthreads();
-    place_experts(args, matrix, has ? rows[threadIdx.x] : 0, has ? before[threadIdx.x] : 0);
-    __syncthreads();
-    for (;;) {
-#pragma unroll
-        for (int i = 0; i < kPer; ++i) {
-            int32_t slot = i * threads + threadIdx.x;
-            if (slot < num_slots)
-                place_slot(args, matrix, static_cast<int32_t>(begin) + slot, slot, expert[i]);
-        }
-        begin += piece;
-        if (begin >= end) break;
-        __syncthreads();
-        if (has) {
-            matrix.places[threadIdx.x].start += counted;
-            matrix.places[threadIdx.x].before += counted;
-        }
-        matrix.clear();
-        __syncthreads();
-        num_slots = take();
-        counted = matrix.count_rows();
-        __syncthreads();
-    }
+    if (args.piece_slots <= 2 * static_cast<int32_t>(blockDim.x))
+        place<2>(args, memory);
+    else
+        place<MOE_ALIGN_PIECE_THREAD_SLOTS>(args, memory);
 }
 
 // For gate_up and down called alone: expert_offsets come from the caller and may be anything.

@@ -10,30 +10,23 @@
 
 static constexpr int kMaxExperts = 1024;
 
-// What a block has to know of an expert to place its slots.
-struct alignas(16) expert_place {
-    int32_t start;            // row of the block's first slot
-    int32_t before;           // rows of the expert in front of it
-    int32_t rows, first_tile; // of the expert; ~first_tile of tiles of high_rows
-};
-
 // Views into dynamic shared memory, MOE_ALIGN_SMEM_BYTES of it.
 struct bit_matrix {
-    expert_place *places; // [num_experts]
-    uint32_t *bits;       // [num_experts, 4 * steps]
+    uint32_t *bits; // [num_experts, 4 * steps]
     uint32_t *
         counts; // [ceil(steps / 2), num_experts] bits of a step, 16 bits each; then those in front of it
-    void *spare; // 16 bytes an expert, for the kernel
+    int32_t *starts; // [num_experts] for the kernel: the row of the block's first slot of an expert
+    uint32_t *spare; // [2, num_experts] for the kernel
     int32_t num_experts, steps;
 
     __device__ __forceinline__ bit_matrix(void *memory, int32_t experts, int32_t num_slots)
     {
         num_experts = experts;
         steps = MOE_ALIGN_STEPS(num_slots);
-        places = static_cast<expert_place *>(memory);
-        bits = reinterpret_cast<uint32_t *>(places + num_experts);
+        bits = static_cast<uint32_t *>(memory);
         counts = bits + 4 * steps * num_experts;
-        spare = counts + (steps + 1) / 2 * num_experts;
+        starts = reinterpret_cast<int32_t *>(counts + (steps + 1) / 2 * num_experts);
+        spare = reinterpret_cast<uint32_t *>(starts + num_experts);
     }
     __device__ __forceinline__ void clear() const
     {
@@ -81,6 +74,17 @@ struct bit_matrix {
     }
 };
 
+// The slots of a block: a contiguous part, equal but for the last. How many, at most: a multiple of 4.
+static __device__ __forceinline__ int64_t block_slots(const moe_align_args &args, int64_t block,
+                                                      int64_t &begin, int64_t &end)
+{
+    int64_t num_slots = args.num_tokens * args.topk;
+    int64_t share = (num_slots + 4 * args.num_blocks - 1) / (4 * args.num_blocks) * 4;
+    begin = min(share * block, num_slots);
+    end = min(begin + share, num_slots);
+    return share;
+}
+
 // The expert that an id goes to, or -1. Past L1, as load_id: moe_align_place asks before its wait.
 static __device__ __forceinline__ int32_t local_expert(const moe_align_args &args, int64_t id)
 {
@@ -99,12 +103,13 @@ static __device__ __forceinline__ int64_t load_id(const moe_align_args &args, in
                                      : __ldcg(static_cast<const int32_t *>(args.topk_ids) + at);
 }
 
-// visit(slot, experts, n) for all slots, four at a time, the last of them one at a time (n), in any order, by all threads
-// of the block; an expert is -1 where the slot is dropped.
-template <class Visit>
-static __device__ __forceinline__ void visit_slots(const moe_align_args &args, Visit visit)
+// visit(slot, experts, n) for all slots, four at a time, the last of them one at a time (n), in any order, by so many threads
+// of which this is number `thread`; an expert is -1 where the slot is dropped. kAhead: loads of a thread that are under
+// way together.
+template <int kAhead, class Visit>
+static __device__ __forceinline__ void visit_slots(const moe_align_args &args, int32_t thread,
+                                                   int32_t threads, Visit visit)
 {
-    constexpr int kAhead = 2; // loads of a thread that are under way together
     const int32_t num_slots = static_cast<int32_t>(args.num_tokens * args.topk);
     const int4 *ids = static_cast<const int4 *>(args.topk_ids);
     const bool whole = args.ids_dtype == MOE_I32 && args.ids_stride == args.topk &&
@@ -114,16 +119,16 @@ static __device__ __forceinline__ void visit_slots(const moe_align_args &args, V
     auto local = [&](int32_t id) {
         return static_cast<uint32_t>(id) < static_cast<uint32_t>(args.num_experts) ? id : -1;
     };
-    for (int32_t first = 4 * threadIdx.x; first < whole_end; first += 4 * kAhead * blockDim.x) {
+    for (int32_t first = 4 * thread; first < whole_end; first += 4 * kAhead * threads) {
         int4 four[kAhead];
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-            int32_t slot = first + 4 * i * blockDim.x;
+            int32_t slot = first + 4 * i * threads;
             if (slot < whole_end) four[i] = ids[slot / 4];
         }
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-            int32_t slot = first + 4 * i * blockDim.x;
+            int32_t slot = first + 4 * i * threads;
             if (slot >= whole_end) break;
             int32_t expert[4] = {four[i].x, four[i].y, four[i].z, four[i].w};
 #pragma unroll
@@ -132,7 +137,7 @@ static __device__ __forceinline__ void visit_slots(const moe_align_args &args, V
             visit(slot, expert, 4);
         }
     }
-    for (int32_t slot = whole_end + threadIdx.x; slot < num_slots; slot += blockDim.x) {
+    for (int32_t slot = whole_end + thread; slot < num_slots; slot += threads) {
         int32_t expert[4] = {local_expert(args, load_id(args, slot)), -1, -1, -1};
         visit(slot, expert, 1);
     }
@@ -201,16 +206,14 @@ struct slot_keys {
 // are the caller's, one is inside.
 struct expert_scan {
     int32_t first_row, first_tile, num_rows, num_tiles;
-    int32_t first_high, num_high; // tiles of another height, where they are asked for
 };
 
-template <bool kHigh = false>
 static __device__ __forceinline__ expert_scan scan_experts(int32_t num_experts, uint32_t rows,
-                                                           uint32_t tiles, uint32_t high = 0)
+                                                           uint32_t tiles)
 {
-    __shared__ uint32_t row_totals[32], tile_totals[32], high_totals[kHigh ? 32 : 1];
+    __shared__ uint32_t row_totals[32], tile_totals[32];
     int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    uint32_t row_sum = rows, tile_sum = tiles, high_sum = high;
+    uint32_t row_sum = rows, tile_sum = tiles;
     if (warp * 32 < num_experts) {
 #pragma unroll
         for (int offset = 1; offset < 32; offset *= 2) {
@@ -220,15 +223,10 @@ static __device__ __forceinline__ expert_scan scan_experts(int32_t num_experts, 
                 row_sum += row_below;
                 tile_sum += tile_below;
             }
-            if constexpr (kHigh) {
-                uint32_t high_below = __shfl_up_sync(0xffffffffu, high_sum, offset);
-                if (lane >= offset) high_sum += high_below;
-            }
         }
         if (lane == 31) {
             row_totals[warp] = row_sum;
             tile_totals[warp] = tile_sum;
-            if constexpr (kHigh) high_totals[warp] = high_sum;
         }
     }
     __syncthreads();
@@ -240,13 +238,6 @@ static __device__ __forceinline__ expert_scan scan_experts(int32_t num_experts, 
     scan.first_row = __reduce_add_sync(0xffffffffu, lane < warp ? row_total : 0) + row_sum - rows;
     scan.first_tile =
         __reduce_add_sync(0xffffffffu, lane < warp ? tile_total : 0) + tile_sum - tiles;
-    scan.first_high = scan.num_high = 0;
-    if constexpr (kHigh) {
-        uint32_t high_total = used ? high_totals[lane] : 0;
-        scan.num_high = __reduce_add_sync(0xffffffffu, high_total);
-        scan.first_high =
-            __reduce_add_sync(0xffffffffu, lane < warp ? high_total : 0) + high_sum - high;
-    }
     return scan;
 }
 
@@ -259,7 +250,6 @@ static __device__ __forceinline__ uint32_t divide_by_height(uint32_t height, uin
 static __device__ __forceinline__ int32_t tiles_of(const moe_align_args &args, int32_t height,
                                                    int32_t rows)
 {
-    if (!args.tiles) return 0;
     return static_cast<int32_t>(divide_by_height(height, static_cast<uint32_t>(rows) + height - 1));
 }
 
@@ -300,60 +290,103 @@ static __device__ __forceinline__ void write_num_tiles(const moe_align_args &arg
     args.num_tiles[3] = high ? written : 0;
 }
 
-// A block that is alone writes an expert's tiles by the expert's thread; of many blocks each those that begin with one of
-// its slots, which is an even share of them wherever the slots go.
-static __device__ __forceinline__ bool tiles_by_slot(const moe_align_args &args)
-{
-    return args.tiles && gridDim.x > 1;
-}
+// The rows and the tiles of each expert, of which a thread each knows how many: where they begin. In two steps, because the
+// slots of a block need no more than the first.
+struct expert_places {
+    uint32_t rows, tiles, high; // of the thread's expert; tiles as high as tile_rows, as high_rows
+    uint32_t first_row, tile_sum, high_sum; // sums: to the end of the thread's in its warp
+    uint32_t *totals;                       // [3, 32] of shared memory, of each warp
 
-// Rows of the thread's expert, all and in front of this block's -> its place; by one block expert_offsets, num_tiles.
-// A barrier behind it is the caller's.
-static __device__ __forceinline__ void
-place_experts(const moe_align_args &args, const bit_matrix &matrix, int32_t rows, int32_t before)
-{
-    const int32_t expert = threadIdx.x, tiles = tiles_of(args, args.tile_rows, rows);
-    const int32_t high_tiles = args.high_rows ? tiles_of(args, args.high_rows, rows) : 0;
-    const expert_scan scan = scan_experts<true>(args.num_experts, rows, tiles, high_tiles);
-    const bool high =
-        args.high_rows && scan.num_tiles * 16ll >= int64_t{args.high_cost} * scan.num_high;
-    const int32_t first_tile = high ? scan.first_high : scan.first_tile;
-    const bool last = blockIdx.x == gridDim.x - 1; // has the fewest slots
-    if (expert < args.num_experts) {
-        matrix.places[expert] = {scan.first_row + before, before, rows,
-                                 high ? ~first_tile : first_tile};
-        if (last) args.expert_offsets[expert] = scan.first_row;
+    // One barrier is inside, one behind it is the caller's, where it reads starts: rows in front of the block's own.
+    __device__ __forceinline__ expert_places(const moe_align_args &args, uint32_t *memory,
+                                             uint32_t all_rows, int32_t before, int32_t *starts)
+    {
+        totals = memory;
+        rows = all_rows;
+        tiles = args.tiles ? tiles_of(args, args.tile_rows, rows) : 0;
+        high = args.tiles && args.high_rows ? tiles_of(args, args.high_rows, rows) : 0;
+        const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        uint32_t row_sum = rows;
+        tile_sum = tiles;
+        high_sum = high;
+        if (warp * 32 < args.num_experts) {
+            add_below(row_sum);
+            if (args.tiles) add_below(tile_sum);
+            if (args.tiles && args.high_rows) add_below(high_sum);
+            if (lane == 31) {
+                totals[warp] = row_sum;
+                totals[32 + warp] = tile_sum;
+                totals[64 + warp] = high_sum;
+            }
+        }
+        __syncthreads();
+        if (warp * 32 >= args.num_experts) return;
+        first_row = below(args, totals) + row_sum - rows;
+        if (threadIdx.x < args.num_experts)
+            starts[threadIdx.x] = static_cast<int32_t>(first_row) + before;
     }
-    if (last && expert == 0) {
-        args.expert_offsets[args.num_experts] = scan.num_rows;
-        if (args.tiles) write_num_tiles(args, high ? scan.num_high : scan.num_tiles, high);
+    static __device__ __forceinline__ void add_below(uint32_t &sum)
+    {
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+            const uint32_t other = __shfl_up_sync(0xffffffffu, sum, offset);
+            if (threadIdx.x % 32 >= offset) sum += other;
+        }
     }
-    if (args.tiles && !tiles_by_slot(args))
-        write_tiles(args, high ? args.high_rows : args.tile_rows, scan.first_row, rows,
-                    high ? high_tiles : tiles, first_tile);
-}
+    // Of all warps, of those below the thread's.
+    static __device__ __forceinline__ uint32_t all(const moe_align_args &args, const uint32_t *of)
+    {
+        const int32_t lane = threadIdx.x % 32;
+        return __reduce_add_sync(0xffffffffu, lane * 32 < args.num_experts ? of[lane] : 0);
+    }
+    static __device__ __forceinline__ uint32_t below(const moe_align_args &args, const uint32_t *of)
+    {
+        const int32_t lane = threadIdx.x % 32;
+        return __reduce_add_sync(0xffffffffu, lane < threadIdx.x / 32 ? of[lane] : 0);
+    }
+    // expert_offsets and num_tiles by one block. A block that is alone writes all tiles, else they are dealt out by number:
+    // were each written where it begins, the first block would have one of every expert.
+    __device__ __forceinline__ void write(const moe_align_args &args) const
+    {
+        const int32_t expert = threadIdx.x;
+        if (expert / 32 * 32 >= args.num_experts) return;
+        const bool last = blockIdx.x == gridDim.x - 1; // has the fewest slots
+        if (last) {
+            if (expert < args.num_experts)
+                args.expert_offsets[expert] = static_cast<int32_t>(first_row);
+            const uint32_t num_rows = all(args, totals);
+            if (expert == 0) args.expert_offsets[args.num_experts] = static_cast<int32_t>(num_rows);
+        }
+        if (!args.tiles) return;
+        const int64_t num_low = all(args, totals + 32);
+        const int64_t num_high = args.high_rows ? all(args, totals + 64) : 0;
+        const bool is_high = args.high_rows && num_low * 16 >= args.high_cost * num_high;
+        const int32_t height = is_high ? args.high_rows : args.tile_rows;
+        const int32_t mine = static_cast<int32_t>(is_high ? high : tiles);
+        const int32_t number = static_cast<int32_t>(below(args, totals + (is_high ? 64 : 32)) +
+                                                    (is_high ? high_sum : tile_sum)) -
+                               mine;
+        if (last && expert == 0)
+            write_num_tiles(args, static_cast<int32_t>(is_high ? num_high : num_low), is_high);
+        const int32_t row = static_cast<int32_t>(first_row);
+        if (gridDim.x == 1) {
+            write_tiles(args, height, row, static_cast<int32_t>(rows), mine, number);
+            return;
+        }
+        const int32_t dealt = 1 << (31 - __clz(gridDim.x)), block = blockIdx.x; // no division
+        if (block >= dealt) return;
+        for (int32_t i = (block - number) & (dealt - 1); i < mine; i += dealt)
+            if (number + i < args.max_tiles)
+                args.tiles[number + i] = {expert, row + i * height,
+                                          min(static_cast<int32_t>(rows) - i * height, height), 0};
+    }
+};
 
-// A slot, the block's at-th.
-static __device__ __forceinline__ void place_slot(const moe_align_args &args,
-                                                  const bit_matrix &matrix, int32_t slot,
-                                                  int32_t at, int32_t expert)
+static __device__ __forceinline__ void place_slot(const moe_align_args &args, int32_t slot,
+                                                  int32_t row)
 {
-    if (expert < 0) {
-        args.row_of_slot[slot] = -1;
-        return;
-    }
-    const expert_place &place = matrix.places[expert];
-    const int32_t own = matrix.before(expert, at), row = place.start + own;
     args.row_of_slot[slot] = row;
-    args.sorted_token_ids[row] = slot;
-    if (!tiles_by_slot(args)) return;
-    const bool high = place.first_tile < 0;
-    const int32_t height = high ? args.high_rows : args.tile_rows;
-    const int32_t within = place.before + own;
-    const int32_t tile = static_cast<int32_t>(divide_by_height(height, within));
-    const int32_t number = (high ? ~place.first_tile : place.first_tile) + tile;
-    if (tile * height == within && number < args.max_tiles)
-        args.tiles[number] = {expert, row, min(place.rows - within, height), 0};
+    if (row >= 0) args.sorted_token_ids[row] = slot;
 }
 
 #endif

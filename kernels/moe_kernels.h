@@ -188,17 +188,21 @@ typedef struct moe_align_args {
     int32_t *row_of_slot;      /* [num_slots], written: slot -> row, -1 where dropped */
     moe_tile *tiles;    /* [max_tiles], written below num_tiles, or NULL: nobody reads them */
     int32_t *num_tiles; /* [4], written: tiles; 0, 0: taken; tiles of high_rows; or NULL as tiles */
-    int32_t *counts;    /* [num_blocks, num_experts] scratch, or NULL where one launch does all */
+    int32_t *
+        counts; /* [count_blocks + num_blocks, num_experts] scratch, or NULL where one launch does all */
     int64_t ids_stride; /* from row to row */
     int64_t expert_start;
     int64_t expert_map_size;
     int64_t num_tokens;
     int32_t topk;
     int32_t num_experts;
-    int32_t ids_dtype;  /* MOE_I32, MOE_I64 */
-    int32_t tile_rows;  /* rows per tile */
-    int32_t max_tiles;  /* capacity of tiles */
-    int32_t num_blocks; /* thread blocks that share the slots */
+    int16_t ids_dtype;   /* MOE_I32, MOE_I64 */
+    int16_t piece_slots; /* of a block at a time, where two launches do all */
+    int32_t tile_rows;   /* rows per tile */
+    int32_t max_tiles;   /* capacity of tiles */
+    int16_t num_blocks;  /* thread blocks that share the slots */
+    int16_t
+        count_blocks; /* where two launches do all: blocks that count, each for an equal number of those */
     /* 0, or tiles have so many rows instead where their number times high_cost / 16 is not above that of tiles of
      * tile_rows; num_tiles is 0 then, and their number stands behind the counters. */
     int32_t high_rows, high_cost;
@@ -474,10 +478,10 @@ typedef struct moe_fill_args {
 
 /* align sorts num_slots slots of a block by a matrix of bits in shared memory: a row for each expert, in steps of 4 words
  * of which there is an odd number, so that neighbouring rows start in different banks; a count for each step, in pairs;
- * and 32 bytes for what the block knows of the expert. */
+ * and 12 bytes for what the block knows of the expert. */
 #define MOE_ALIGN_STEPS(num_slots) ((((num_slots) + 127) / 128) | 1)
 #define MOE_ALIGN_SMEM_BYTES(num_experts, num_slots)                                               \
-    ((int64_t)(num_experts) * (MOE_ALIGN_STEPS(num_slots) * (16 + 2) + 2 + 32))
+    ((int64_t)(num_experts) * (MOE_ALIGN_STEPS(num_slots) * (16 + 2) + 2 + 12))
 
 /* Thread blocks of the other stages. */
 #define MOE_ROUTE_MAX_THREADS   256 /* one warp per token */
@@ -491,9 +495,17 @@ typedef struct moe_fill_args {
 #define MOE_ALIGN_ONE_SLOTS    384
 #define MOE_ALIGN_SHARE_SLOTS  128
 #define MOE_ALIGN_WHOLE_BLOCKS 128 /* at most */
-/* slots that a block of moe_align_place sorts at a time: at most 98 KB of shared memory */
-#define MOE_ALIGN_PIECE_SLOTS(num_experts)                                                         \
-    ((num_experts) <= 256 ? 2048 : (num_experts) <= 512 ? 1024 : (num_experts) <= 768 ? 512 : 384)
+/* align of more slots in one launch: blocks in clusters, each of which shares the counting of all slots out; a word for each
+ * expert from each block of the cluster behind what sorts the block's own */
+#define MOE_ALIGN_CLUSTER        8
+#define MOE_ALIGN_CLUSTER_BLOCKS 64
+#define MOE_ALIGN_CLUSTER_SLOTS  32768 /* at most: 512 of a block */
+#define MOE_ALIGN_CLUSTER_SMEM_BYTES(num_experts, num_slots)                                       \
+    (MOE_ALIGN_SMEM_BYTES(num_experts, num_slots) + 4 * MOE_ALIGN_CLUSTER * (int64_t)(num_experts))
+/* a block of moe_align_place sorts a piece of its slots at a time: so many for each thread, at most */
+#define MOE_ALIGN_PIECE_THREAD_SLOTS 4
+#define MOE_ALIGN_PIECE_SMEM_BYTES(num_experts, piece_slots)                                       \
+    (MOE_ALIGN_SMEM_BYTES(num_experts, piece_slots) + 4 * (int64_t)(piece_slots))
 #define MOE_ALIGN_STATIC_BYTES 1024 /* of shared memory beside MOE_ALIGN_SMEM_BYTES, at most */
 #define MOE_COMBINE_THREADS    128  /* 8 columns of a token each */
 #define MOE_COMBINE_IN_FLIGHT  8    /* rows that are under way at once for a thread */

@@ -180,6 +180,12 @@ __device__ __forceinline__ void store_cluster_16(uint32_t address, float a, floa
                  :: "r"(address), "f"(a), "f"(b), "f"(c), "f"(d) : "memory");
 }
 
+// st.shared::cluster, "st": 4 bytes into a block of the cluster. Each thread for itself.
+__device__ __forceinline__ void store_cluster_4(uint32_t address, uint32_t v)
+{
+    asm volatile("st.shared::cluster.u32 [%0], %1;" :: "r"(address), "r"(v) : "memory");
+}
+
 // stmatrix .x4, "stmatrix": four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of
 // matrix l / 8. All lanes of a warp.
 __device__ __forceinline__ void stmatrix_x4(uint32_t shared, const uint32_t (&r)[4])

@@ -19,6 +19,7 @@ enum {
 enum {
     KERNEL_ALIGN_FEW = 0,
     KERNEL_ALIGN_WHOLE,
+    KERNEL_ALIGN_CLUSTER,
     KERNEL_ALIGN_COUNT,
     KERNEL_ALIGN_PLACE,
     KERNEL_ALIGN_TILES,
@@ -87,6 +88,8 @@ enum {
 static const moe_kernel_row KERNELS[] = {
     [KERNEL_ALIGN_FEW] = {"moe_align_few", "align", 0, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_WHOLE] = {"moe_align_whole", "align", MOE_SMEM_ALL, 80, sizeof(moe_align_args)},
+    [KERNEL_ALIGN_CLUSTER] = {"moe_align_cluster", "align_cluster_sm90a", MOE_SMEM_ALL, 90,
+                              sizeof(moe_align_args)},
     [KERNEL_ALIGN_COUNT] = {"moe_align_count", "align", 0, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_PLACE] = {"moe_align_place", "align", MOE_SMEM_ALL, 80, sizeof(moe_align_args)},
     [KERNEL_ALIGN_TILES] = {"moe_align_tiles", "align", 0, 80, sizeof(moe_align_args)},
@@ -307,17 +310,24 @@ int moe_cuda_align(const moe_plan *plan, const moe_align_args *args, int device,
 {
     moe_align_args a = *args;
     const moe_align_plan *align = &plan->align;
+    const int64_t share = ceil_div(ceil_div(a.num_tokens * a.topk, a.num_blocks), 4) * 4;
     geometry g = {align->blocks, align->threads, 0, true, 0};
-    if (align->kind == MOE_ALIGN_FEW) return launch(KERNEL_ALIGN_FEW, &g, &a, device, stream, err);
-    int64_t piece = ceil_div(a.num_tokens * a.topk, a.num_blocks);
-    if (align->kind == MOE_ALIGN_TWICE) {
-        if (launch(KERNEL_ALIGN_COUNT, &g, &a, device, stream, err)) return err->status;
-        piece = MOE_ALIGN_PIECE_SLOTS(a.num_experts);
-        if (piece > 4 * g.threads) piece = 4 * g.threads;
+    int kernel = KERNEL_ALIGN_FEW;
+    if (align->kind == MOE_ALIGN_WHOLE) {
+        kernel = KERNEL_ALIGN_WHOLE;
+        g.smem_bytes = (int)MOE_ALIGN_SMEM_BYTES(a.num_experts, share);
+    } else if (align->kind == MOE_ALIGN_CLUSTERS) {
+        kernel = KERNEL_ALIGN_CLUSTER;
+        g.smem_bytes = (int)MOE_ALIGN_CLUSTER_SMEM_BYTES(a.num_experts, share);
+        g.cluster = MOE_ALIGN_CLUSTER;
+    } else if (align->kind == MOE_ALIGN_TWICE) {
+        const geometry count = {align->count_blocks, MOE_ALIGN_THREADS,
+                                align->blocks / align->count_blocks * a.num_experts * 4, true, 0};
+        if (launch(KERNEL_ALIGN_COUNT, &count, &a, device, stream, err)) return err->status;
+        kernel = KERNEL_ALIGN_PLACE;
+        g.smem_bytes = (int)MOE_ALIGN_PIECE_SMEM_BYTES(a.num_experts, a.piece_slots);
     }
-    g.smem_bytes = (int)MOE_ALIGN_SMEM_BYTES(a.num_experts, piece);
-    return launch(align->kind == MOE_ALIGN_TWICE ? KERNEL_ALIGN_PLACE : KERNEL_ALIGN_WHOLE, &g, &a,
-                  device, stream, err);
+    return launch(kernel, &g, &a, device, stream, err);
 }
 
 int moe_cuda_align_tiles(const moe_plan *plan, const moe_align_args *args, int device, void *stream,
