@@ -574,17 +574,16 @@ static moe_align_plan plan_align(const moe_plan *plan, int64_t num_slots)
                                       : num_slots <= 6144 ? 512
                                                           : 1024,
                                       num_experts);
-    } else if (clusters && num_slots <= MOE_ALIGN_CLUSTER_SLOTS) {
+    } else if (clusters && num_slots <= 49152) {
         align.kind = MOE_ALIGN_CLUSTERS;
-        align.blocks = MOE_ALIGN_CLUSTER_BLOCKS;
-        align.threads = MOE_ALIGN_CLUSTER_SLOTS / MOE_ALIGN_CLUSTER_BLOCKS;
+        align.threads = 512; /* and as many slots */
+        align.blocks = num_slots <= 32768 ? 64 : 96;
     } else {
-        /* blocks of both launches have SMs of their own; every block reads the counts of all */
-        const bool many = num_slots >= 1 << 18, few = num_experts > 256 || num_slots <= 1 << 16;
+        /* blocks of both launches have SMs of their own up to 2^18; every block reads the counts of all */
         align.kind = MOE_ALIGN_TWICE;
-        align.count_blocks = many ? 32 : few ? 16 : 24;
-        align.blocks = align.count_blocks * (few && !many ? 6 : 4);
-        align.threads = align_threads(512, num_experts);
+        align.count_blocks = num_slots < 1 << 18 ? 16 : num_slots < 1 << 19 ? 32 : 64;
+        align.blocks = num_slots < 1 << 18 ? 96 : 128;
+        align.threads = align_threads(num_slots < 1 << 19 ? 512 : 1024, num_experts);
         align.piece_slots = piece_slots(plan, &align, num_slots);
     }
     return align;

@@ -5,14 +5,17 @@
  *        sorted_token_ids  [num_rows]          row -> token * topk + slot; ascending within an expert
  *        row_of_slot       [num_slots]         slot -> row, -1 where dropped
  *        tiles, num_tiles                      each expert's rows in pieces of tile_rows, experts in order
- * Scratch counts           [num_blocks, num_experts]  rows of a block's slots, of moe_align_place
+ * Scratch counts           [count_blocks, num_experts]  rows of what a block of moe_align_count counts; then
+ *                          [num_blocks, num_experts]    those in front of each of its parts
  * Math   integers; a slot's row is the number of slots before it in (expert, slot) order: the same every run
  * Grid   num_blocks. Without tiles, while slots are few (plan.c), moe_align_few, where every block holds all of them
- *        and a warp compares one with all; then moe_align_whole, where every block counts all of them; else
- *        moe_align_count, where it counts its own, and moe_align_place, where it adds up the counts of all.
+ *        and a warp compares one with all; then moe_align_whole, where every block counts all of them (on Hopper soon
+ *        align_cluster_sm90a.cu); else moe_align_count (count_blocks, of MOE_ALIGN_THREADS), where each counts those of
+ *        several blocks of moe_align_place, which adds up the counts of all.
  *        moe_align_tiles (one): the tiles of given expert_offsets.
  *        moe_align_pad (any): counts, and the rows padded to blocks, from given offsets and rows.
- *        A thread for each expert at least, MOE_ALIGN_SMEM_BYTES of dynamic shared memory where slots are placed
+ *        A thread for each expert at least, MOE_ALIGN_SMEM_BYTES of dynamic shared memory where slots are placed,
+ *        MOE_ALIGN_PIECE_SMEM_BYTES for moe_align_place
  * Needs  num_experts 1 .. 1024, num_slots < 2^31, max_tiles tiles of room; moe_align_whole: a thread for each slot of a
  *        block
  * Cost   latency: a launch, a load, three barriers, a scan; then the stores of sorted_token_ids, which an SM does one
@@ -62,10 +65,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     __shared__ int16_t
         expert_of[2 * MOE_ALIGN_SHARE_SLOTS]; // of the block's slots, where it is not alone
     __shared__ uint32_t totals[3 * 32];
-    int64_t begin, end;
-    const int32_t share = static_cast<int32_t>(block_slots(args, blockIdx.x, begin, end));
-    const int32_t first = static_cast<int32_t>(begin),
-                  num_slots = static_cast<int32_t>(end) - first;
+    int32_t first, end;
+    const int32_t share = block_slots(args, blockIdx.x, first, end), num_slots = end - first;
     const int32_t num_experts = args.num_experts;
     const bit_matrix matrix(memory, num_experts, share);
     // Slots of other blocks, of each expert: in front of this block's, then behind.
@@ -130,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
                   thread = threadIdx.x - part * threads;
     for (int32_t i = threadIdx.x; i < parts * num_experts; i += blockDim.x)
         counts[i] = 0;
-    int64_t begin, end;
+    int32_t begin, end;
     block_slots(args, first_part + part, begin, end);
     if (part >= parts) end = begin; // threads left over
     int32_t *count = counts + part * num_experts;
@@ -138,16 +139,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     __syncthreads();
     grid_dependency_wait();
     grid_launch_dependents();
-    for (begin += thread; begin < end; begin += kAhead * threads) {
+    const int32_t num_slots = end - begin;
+    for (int32_t first = thread; first < num_slots; first += kAhead * threads) {
         int64_t id[kAhead];
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-            const int64_t slot = begin + i * threads;
-            id[i] = slot < end ? load_id(args, slot) : 0;
+            const int32_t at = first + i * threads;
+            id[i] = at < num_slots ? load_id(args, begin + at) : 0;
         }
 #pragma unroll
         for (int i = 0; i < kAhead; ++i) {
-            if (begin + i * threads >= end) break;
+            if (first + i * threads >= num_slots) break;
             const int32_t expert = local_expert(args, id[i]);
             if (expert >= 0) atomicAdd(count + expert, 1); // a count: any order gives the same
         }
@@ -163,67 +165,67 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     sums[blockIdx.x * num_experts] = sum;
 }
 
-// Of up to kPer slots for each thread, the rows of a block's piece: slots in the order of their rows, so that neighbouring
-// threads write neighbouring rows, and what row_of_slot needs.
+// A piece of a block's slots, up to kPer for each thread, by expert: neighbouring threads then write neighbouring rows.
 template <int kPer>
 struct sorted_piece {
-    int32_t expert[kPer], before[kPer]; // of slot i * blockDim.x + threadIdx.x; -1: dropped
-    int32_t to[kPer], slot[kPer],
-        behind_first[kPer];     // of the so-manieth row: expert, slot, number in it
-    int32_t num_slots, counted; // counted: of the thread's expert
+    int64_t id[kPer]; // of slot begin + i * blockDim.x + threadIdx.x
+    int32_t expert[kPer],
+        place[kPer];       // of the same: -1 where it is dropped; its place among the sorted ones
+    uint32_t sorted[kPer]; // at place i * blockDim.x + threadIdx.x: expert << 16 | slot - begin
+    int32_t begin, num_slots;
+    int32_t counted, first; // of the thread's expert: how many, the place of the first
 
-    // Clear matrix in front, barrier included. order: [piece] of shared memory, firsts: [num_experts].
-    __device__ __forceinline__ void sort(const moe_align_args &args, const bit_matrix &matrix,
-                                         uint32_t *order, int32_t *firsts, int64_t begin,
-                                         int64_t end)
+    __device__ __forceinline__ void load(const moe_align_args &args, int32_t from, int32_t end)
     {
-        const int32_t threads = blockDim.x;
-        num_slots = static_cast<int32_t>(min(end - begin, int64_t{args.piece_slots}));
-        int64_t id[kPer];
+        begin = from;
+        num_slots = min(end - from, static_cast<int32_t>(args.piece_slots));
 #pragma unroll
         for (int i = 0; i < kPer; ++i) {
-            const int32_t at = i * threads + threadIdx.x;
+            const int32_t at = i * blockDim.x + threadIdx.x;
             id[i] = at < num_slots ? load_id(args, begin + at) : 0;
         }
+    }
+    // What is loaded, into a matrix that is clear. order: [piece_slots] of shared memory, firsts: [num_experts].
+    __device__ __forceinline__ void sort(const moe_align_args &args, const bit_matrix &matrix,
+                                         uint32_t *order, int32_t *firsts)
+    {
 #pragma unroll
         for (int i = 0; i < kPer; ++i) {
-            const int32_t at = i * threads + threadIdx.x;
+            const int32_t at = i * blockDim.x + threadIdx.x;
             expert[i] = at < num_slots ? local_expert(args, id[i]) : -1;
             if (expert[i] >= 0) matrix.set(expert[i], at);
         }
         __syncthreads();
         counted = matrix.count_rows();
         const expert_scan scan = scan_experts(args.num_experts, counted, 0);
-        if (threadIdx.x < args.num_experts) firsts[threadIdx.x] = scan.first_row;
+        first = scan.first_row;
+        if (threadIdx.x < args.num_experts) firsts[threadIdx.x] = first;
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < kPer; ++i) {
-            const int32_t at = i * threads + threadIdx.x;
-            before[i] = expert[i] >= 0 ? matrix.before(expert[i], at) : 0;
-            if (expert[i] >= 0)
-                order[firsts[expert[i]] + before[i]] = static_cast<uint32_t>(expert[i] << 16 | at);
+            if (expert[i] < 0) continue;
+            const int32_t at = i * blockDim.x + threadIdx.x;
+            place[i] = firsts[expert[i]] + matrix.before(expert[i], at);
+            order[place[i]] = static_cast<uint32_t>(expert[i] << 16 | at);
         }
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < kPer; ++i) {
-            const int32_t at = i * threads + threadIdx.x;
-            to[i] = -1;
-            if (at >= scan.num_rows) continue;
-            const uint32_t found = order[at];
-            to[i] = static_cast<int32_t>(found >> 16);
-            slot[i] = static_cast<int32_t>(begin) + static_cast<int32_t>(found & 0xffffu);
-            behind_first[i] = at - firsts[to[i]];
+            const int32_t at = i * blockDim.x + threadIdx.x;
+            sorted[i] = at < scan.num_rows ? order[at] : ~0u;
         }
     }
-    __device__ __forceinline__ void write(const moe_align_args &args, const int32_t *starts,
-                                          int64_t begin) const
+    // shifts: of each expert, from place to row.
+    __device__ __forceinline__ void write(const moe_align_args &args, const int32_t *shifts) const
     {
 #pragma unroll
         for (int i = 0; i < kPer; ++i) {
             const int32_t at = i * blockDim.x + threadIdx.x;
             if (at < num_slots)
-                args.row_of_slot[begin + at] = expert[i] < 0 ? -1 : starts[expert[i]] + before[i];
-            if (to[i] >= 0) args.sorted_token_ids[starts[to[i]] + behind_first[i]] = slot[i];
+                args.row_of_slot[begin + at] = expert[i] < 0 ? -1 : shifts[expert[i]] + place[i];
+            if (sorted[i] != ~0u)
+                args.sorted_token_ids[shifts[sorted[i] >> 16] + at] =
+                    begin + static_cast<int32_t>(sorted[i] & 0xffffu);
         }
     }
 };
@@ -235,24 +237,24 @@ static __device__ __forceinline__ void place(const moe_align_args &args, void *m
     constexpr int kAhead = 16; // counts that are under way together
     const int32_t num_experts = args.num_experts;
     const bool has = threadIdx.x < num_experts;
-    int64_t begin, end;
+    int32_t begin, end;
     block_slots(args, blockIdx.x, begin, end);
     const bit_matrix matrix(memory, num_experts, args.piece_slots);
-    int32_t *firsts = reinterpret_cast<int32_t *>(matrix.spare);
+    int32_t *firsts = reinterpret_cast<int32_t *>(matrix.spare), *shifts = matrix.starts;
     uint32_t *order = matrix.spare + 2 * num_experts;
+    sorted_piece<kPer> piece;
+    piece.load(args, begin, end);
     matrix.clear();
     fetch_parameters(args);
     __syncthreads();
-    sorted_piece<kPer> piece;
-    piece.sort(args, matrix, order, firsts, begin, end);
+    piece.sort(args, matrix, order, firsts);
     grid_dependency_wait();
     grid_launch_dependents();
     int32_t rows = 0, in_front = 0;
     if (has) {
         const int32_t *sums = args.counts + threadIdx.x;
         const int32_t mine = blockIdx.x / (args.num_blocks / args.count_blocks);
-        in_front =
-            sums[int64_t{args.count_blocks + static_cast<int32_t>(blockIdx.x)} * num_experts];
+        in_front = sums[(args.count_blocks + static_cast<int32_t>(blockIdx.x)) * num_experts];
         for (int32_t b = 0; b < args.count_blocks; b += kAhead) {
             int32_t count[kAhead];
 #pragma unroll
@@ -265,17 +267,21 @@ static __device__ __forceinline__ void place(const moe_align_args &args, void *m
             }
         }
     }
-    const expert_places places(args, totals, rows, in_front, matrix.starts);
+    const expert_places places(args, totals, rows, in_front - piece.first, shifts);
     __syncthreads();
-    piece.write(args, matrix.starts, begin);
+    piece.write(args, shifts);
     places.write(args);
-    while ((begin += args.piece_slots) < end) {
+    while (end - begin > args.piece_slots) {
+        begin += args.piece_slots;
+        const int32_t behind = piece.counted + piece.first;
+        piece.load(args, begin, end);
         __syncthreads();
-        if (has) matrix.starts[threadIdx.x] += piece.counted;
         matrix.clear();
         __syncthreads();
-        piece.sort(args, matrix, order, firsts, begin, end);
-        piece.write(args, matrix.starts, begin);
+        piece.sort(args, matrix, order, firsts);
+        if (has) shifts[threadIdx.x] += behind - piece.first;
+        __syncthreads();
+        piece.write(args, shifts);
     }
 }
 

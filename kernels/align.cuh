@@ -75,14 +75,17 @@ struct bit_matrix {
 };
 
 // The slots of a block: a contiguous part, equal but for the last. How many, at most: a multiple of 4.
-static __device__ __forceinline__ int64_t block_slots(const moe_align_args &args, int64_t block,
-                                                      int64_t &begin, int64_t &end)
+static __device__ __forceinline__ int32_t block_slots(const moe_align_args &args, int32_t block,
+                                                      int32_t &begin, int32_t &end)
 {
-    int64_t num_slots = args.num_tokens * args.topk;
-    int64_t share = (num_slots + 4 * args.num_blocks - 1) / (4 * args.num_blocks) * 4;
-    begin = min(share * block, num_slots);
-    end = min(begin + share, num_slots);
-    return share;
+    // unsigned: a share for every block may come to a little more than 2^31
+    const uint32_t num_slots = static_cast<uint32_t>(args.num_tokens * args.topk);
+    const uint32_t blocks = 4u * static_cast<uint32_t>(args.num_blocks);
+    const uint32_t share = (num_slots + blocks - 1) / blocks * 4;
+    const uint32_t first = min(share * static_cast<uint32_t>(block), num_slots);
+    begin = static_cast<int32_t>(first);
+    end = static_cast<int32_t>(min(first + share, num_slots));
+    return static_cast<int32_t>(share);
 }
 
 // The expert that an id goes to, or -1. Past L1, as load_id: moe_align_place asks before its wait.

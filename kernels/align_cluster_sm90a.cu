@@ -6,7 +6,7 @@
  * Math     as there: the same rows, the same tiles
  * Grid     num_blocks, in clusters of MOE_ALIGN_CLUSTER; MOE_ALIGN_CLUSTER_SMEM_BYTES of dynamic shared memory
  * Needs    compute capability 9.0; a thread for each expert and each slot of a block; at most
- *          MOE_ALIGN_CLUSTER_SLOTS slots, so that a count has 16 bits
+ *          65535 slots, so that a count has 16 bits
  * Cost     a launch, a load, a barrier of the cluster, a scan; then the stores of sorted_token_ids */
 #include "align.cuh"
 #include "wgmma.cuh"
@@ -16,10 +16,8 @@ extern "C" __global__ void __launch_bounds__(MOE_ALIGN_THREADS, 1)
 {
     extern __shared__ uint4 memory[];
     __shared__ uint32_t totals[3 * 32];
-    int64_t begin, end;
-    const int32_t share = static_cast<int32_t>(block_slots(args, blockIdx.x, begin, end));
-    const int32_t first = static_cast<int32_t>(begin),
-                  num_slots = static_cast<int32_t>(end) - first;
+    int32_t first, end;
+    const int32_t share = block_slots(args, blockIdx.x, first, end), num_slots = end - first;
     const int32_t num_experts = args.num_experts, threads = blockDim.x;
     const int32_t block = static_cast<int32_t>(cluster_block());
     const int32_t cluster_first =

@@ -497,9 +497,7 @@ typedef struct moe_fill_args {
 #define MOE_ALIGN_WHOLE_BLOCKS 128 /* at most */
 /* align of more slots in one launch: blocks in clusters, each of which shares the counting of all slots out; a word for each
  * expert from each block of the cluster behind what sorts the block's own */
-#define MOE_ALIGN_CLUSTER        8
-#define MOE_ALIGN_CLUSTER_BLOCKS 64
-#define MOE_ALIGN_CLUSTER_SLOTS  32768 /* at most: 512 of a block */
+#define MOE_ALIGN_CLUSTER 8
 #define MOE_ALIGN_CLUSTER_SMEM_BYTES(num_experts, num_slots)                                       \
     (MOE_ALIGN_SMEM_BYTES(num_experts, num_slots) + 4 * MOE_ALIGN_CLUSTER * (int64_t)(num_experts))
 /* a block of moe_align_place sorts a piece of its slots at a time: so many for each thread, at most */

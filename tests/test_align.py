@@ -54,10 +54,16 @@ def test_large(backend, rng, routing, num_tokens, num_experts, topk):
         (80, 512, 8),  # the most of that
         (641, 8, 1),  # blocks that place their own and count all
         (513, 128, 2),
-        (2048, 64, 8),  # the most that one launch does
-        (2049, 64, 8),
-        (3072, 300, 8),  # the same of many experts
-        (3073, 300, 8),
+        (768, 64, 8),  # the most of that
+        (769, 64, 8),  # clusters of blocks that share the counting out
+        (6145, 1, 1),  # with blocks at the end that have no slot
+        (4096, 512, 8),  # the most of that
+        (4097, 64, 8),  # two launches
+        (3072, 513, 8),  # the most that one launch does where there are many experts
+        (3073, 513, 8),
+        (8193, 200, 8),  # more blocks that count
+        (32769, 9, 8),  # more again; above, a block has more slots than it sorts at once
+        (40000, 1024, 17),
     ],
 )
 @pytest.mark.parametrize("ids_dtype", [np.int32, np.int64])
@@ -65,8 +71,16 @@ def test_around_the_limits_of_a_launch(backend, rng, ids_dtype, num_tokens, num_
     ids = make_ids(rng, num_tokens, topk, num_experts, "dropped").astype(ids_dtype)
     assert_aligned(backend, ids, num_experts)
     assert_aligned(backend, ids, num_experts, put=padded(backend, ids, topk + 3))
-    assert_aligned(backend, ids, num_experts - 5, expert_start=3)
+    assert_aligned(backend, ids, max(num_experts - 5, 1), expert_start=3)
     assert_aligned(backend, ids, 7, expert_map=np.arange(num_experts, dtype=np.int32) % 9 - 1)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("num_tokens", [1000, 5000])  # clusters; two launches
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_many_slots(backend, rng, routing, num_tokens):
+    ids = make_ids(rng, num_tokens, 7, 33, routing).astype(np.int32)
+    assert_aligned(backend, ids, 33)
 
 
 @pytest.mark.parametrize("num_tokens", [*range(0, 20), 31, 32, 33, 63, 64, 65, 127, 128, 129, 257])

@@ -100,6 +100,13 @@ def test_routings(backend, seed, routing, ids_dtype):
     assert (zeros == 0).all() and not np.signbit(zeros).any(), "dropped tokens are exact zeros"
 
 
+@pytest.mark.small
+@pytest.mark.parametrize("num_tokens", [200, 1000, 5000])  # one launch of align, clusters, two
+@pytest.mark.parametrize("routing", ["uniform", "same", "half", "dropped"])
+def test_tiles_of_many_slots(backend, seed, routing, num_tokens):
+    check_layer(backend, make_layer(seed, num_tokens, 24, 16, 33, 7, routing=routing))
+
+
 def test_64_bit_ids_are_not_cut_to_32(backend, seed):
     layer = make_layer(seed, 9, 32, 16, 4, 2, ids_dtype=np.int64)
     layer.topk_ids[2, 0] += 2**32
