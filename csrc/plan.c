@@ -565,13 +565,15 @@ static moe_align_plan plan_align(const moe_plan *plan, int64_t num_slots)
                MOE_ALIGN_SMEM_BYTES(num_experts, num_slots) + MOE_ALIGN_STATIC_BYTES <=
                    plan->smem_per_block) {
         align.threads = align_threads(num_slots, num_experts);
-    } else if (num_slots <= (clusters ? 6144 : num_experts <= 256 ? 16384 : 24576)) {
-        /* with more experts the counts of all blocks, which two launches need, are longer */
+    } else if (num_slots <= (num_experts <= 256 ? clusters ? 8192 : 16384
+                             : clusters         ? 10240
+                                                : 24576)) {
+        /* with more experts what the other forms tell each other is longer */
         align.blocks =
             (int32_t)min64(ceil_div(num_slots, MOE_ALIGN_SHARE_SLOTS), MOE_ALIGN_WHOLE_BLOCKS);
         /* where there are many slots, many threads count them sooner than their barriers last */
         align.threads = align_threads(num_slots <= 1024   ? 256
-                                      : num_slots <= 6144 ? 512
+                                      : num_slots <= 4096 ? 512
                                                           : 1024,
                                       num_experts);
     } else if (clusters && num_slots <= 49152) {

@@ -54,11 +54,14 @@ def test_large(backend, rng, routing, num_tokens, num_experts, topk):
         (80, 512, 8),  # the most of that
         (641, 8, 1),  # blocks that place their own and count all
         (513, 128, 2),
-        (768, 64, 8),  # the most of that
-        (769, 64, 8),  # clusters of blocks that share the counting out
-        (6145, 1, 1),  # with blocks at the end that have no slot
-        (4096, 512, 8),  # the most of that
-        (4097, 64, 8),  # two launches
+        (1024, 256, 8),  # the most of that
+        (1025, 256, 8),  # clusters of blocks that share the counting out
+        (8193, 1, 1),  # of one expert
+        (1280, 512, 8),  # later where there are many
+        (1281, 512, 8),
+        (4097, 64, 8),  # more of them
+        (6144, 512, 8),  # the most of that
+        (6145, 64, 8),  # two launches
         (3072, 513, 8),  # the most that one launch does where there are many experts
         (3073, 513, 8),
         (8193, 200, 8),  # more blocks that count
@@ -76,7 +79,7 @@ def test_around_the_limits_of_a_launch(backend, rng, ids_dtype, num_tokens, num_
 
 
 @pytest.mark.small
-@pytest.mark.parametrize("num_tokens", [1000, 5000])  # clusters; two launches
+@pytest.mark.parametrize("num_tokens", [1300, 8000])  # clusters; two launches
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_many_slots(backend, rng, routing, num_tokens):
     ids = make_ids(rng, num_tokens, 7, 33, routing).astype(np.int32)

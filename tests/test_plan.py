@@ -441,7 +441,7 @@ def test_launches():
     for tokens in (1, 32, 256, 2048, 2049):
         p = plan(tokens, 2048, 768, 128, 8)
         align = 2 if p["workspace"]["counts"] >= 0 else 1
-        assert align == (1 if tokens * 8 <= 32768 else 2)
+        assert align == (1 if tokens * 8 <= 49152 else 2)
         both = p["gate_up"]["name"] == p["down"]["name"]
         assert both == (tokens in (32, 256))
         assert p["num_launches"] == (2 if tokens == 1 else 3 + align - both)
