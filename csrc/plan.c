@@ -24,7 +24,8 @@ enum {
     ARCH_sm90a_decode = 91,
     ARCH_sm90a_swap = 92,
     ARCH_sm90a_split = 93,
-    ARCH_sm90a_high = 94
+    ARCH_sm90a_high = 94,
+    ARCH_sm90a_wide = 95
 };
 enum {
     STAGE_gate_up = MOE_OP_GATE_UP,
@@ -714,22 +715,26 @@ static void offer_high(moe_plan *plan, const moe_device_info *d)
 {
     const moe_problem *p = &plan->problem;
     if (!plan->one_launch || d->high < 0) return;
+    const int64_t weight_rows = (p->gated ? 2 : 1) * (int64_t)p->intermediate_size,
+                  items = p->topk * ceil_div(plan->chunk_tokens, MOE_HIGH_ROWS) *
+                          ceil_div(weight_rows, 192);
     /* measured: with fewer items, where all tokens go to the same experts, high tiles are no faster */
-    const int64_t cols = ceil_div((p->gated ? 2 : 1) * (int64_t)p->intermediate_size,
-                                  MOE_HIGH_UP_COLS),
-                  items = p->topk * ceil_div(plan->chunk_tokens, MOE_HIGH_ROWS) * cols;
     const bool worth = plan->chunk_tokens > MOE_HIGH_ROWS && items > d->num_sms * 2 / 5;
     if (d->high == 0 && !worth) return;
+    /* the wider, which are faster for each column, once a block has more than one */
+    const int32_t arch = items <= d->num_sms ? ARCH_sm90a_high : ARCH_sm90a_wide;
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
         const variant *v = &VARIANTS[i];
-        if (v->arch != ARCH_sm90a_high || v->rows != plan->tile_rows ||
-            !usable(v, STAGE_experts, p, d))
+        const bool is_high = v->arch == ARCH_sm90a_high || v->arch == ARCH_sm90a_wide;
+        if (!is_high || (v->arch != arch && (d->high == 0 || plan->high_rows)) ||
+            v->rows != plan->tile_rows || !usable(v, STAGE_experts, p, d))
             continue;
         plan->gate_up.variant = plan->down.variant = i;
         plan->gate_up.smem_bytes = plan->down.smem_bytes = v->smem_bytes;
         plan->high_rows = MOE_HIGH_ROWS;
-        plan->high_cost =
-            d->high > 0 ? d->high : 48; /* a high tile takes as long as three of 32 rows */
+        plan->high_cols = v->arch == ARCH_sm90a_high ? 192 : 256;
+        /* a high tile takes as long as three of 32 rows, as 1.75 of 64 */
+        plan->high_cost = d->high > 0 ? d->high : v->rows == 32 ? 48 : 28;
     }
 }
 

@@ -282,8 +282,10 @@ struct gemm_swap {
         int32_t thread = threadIdx.x - kMathThreads - 32;
         int32_t row = thread / kChunks, chunk = thread % kChunks;
         uint32_t offset = row * 128 + ((chunk ^ (row & 7)) << 4);
-        const unsigned char *token[kPasses]; // of tile `tile` of GEMM `gemm`
-        uint32_t valid = 0, missing = 0;     // rows of a thread that are there; that are zeros
+        // Of tile `tile` of GEMM `gemm`. They go along with K: an address that is made for each copy has to wait until the
+        // copy that had its register has been sent.
+        const unsigned char *token[kPasses];
+        uint32_t valid = 0, missing = 0; // rows of a thread that are there; that are zeros
         int32_t tile = -1, gemm = 0;
         position at;
         for (uint32_t n = 0;; ++n) {
@@ -318,7 +320,7 @@ struct gemm_swap {
                             min(kPieces, (problem.k_size - k) / MOE_MAP_COLS); // inside of K
                         auto copy = [&](int pass, int piece, uint32_t bytes) {
                             cp_async_16_wide(to + piece * kTokenBytes + pass * (kPassRows * 128),
-                                             token[pass] + k * 2 + piece * 128, bytes);
+                                             token[pass] + piece * 128, bytes);
                         };
 #pragma unroll
                         for (int piece = 0; piece < kPieces; ++piece) {
@@ -341,7 +343,14 @@ struct gemm_swap {
                             }
                         }
                         cp_async_arrive(shared_address(&smem.landed[at.stage]));
+#pragma unroll
+                        for (int pass = 0; pass < kPasses; ++pass)
+                            token[pass] += kTileK * 2;
                     }
+                    const int32_t back = steps_of(problem) * (kTileK * 2);
+#pragma unroll
+                    for (int pass = 0; pass < kPasses; ++pass)
+                        token[pass] -= back;
                 },
                 problems...);
         }
