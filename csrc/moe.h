@@ -182,6 +182,7 @@ typedef struct moe_problem {
     int32_t deterministic;
     int32_t batch_invariant;
     int32_t operation; /* MOE_OP_*: which stages run, so which parts of the workspace are needed */
+    int32_t plain;     /* a layer of gated silu without limit, biases and router weights on input */
     int64_t workspace_limit; /* bytes; 0: MOE_WORKSPACE_LIMIT */
 } moe_problem;
 

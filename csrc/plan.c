@@ -25,7 +25,8 @@ enum {
     ARCH_sm90a_swap = 92,
     ARCH_sm90a_split = 93,
     ARCH_sm90a_high = 94,
-    ARCH_sm90a_wide = 95
+    ARCH_sm90a_wide = 95,
+    ARCH_sm90a_plain = 96
 };
 enum {
     STAGE_gate_up = MOE_OP_GATE_UP,
@@ -698,7 +699,9 @@ static bool join_gemms(moe_plan *plan, const moe_device_info *d, const gemm_shap
         return false;
     }
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
-        if (VARIANTS[i].rows != height || !usable(&VARIANTS[i], STAGE_experts, p, d)) continue;
+        if (VARIANTS[i].rows != height || !usable(&VARIANTS[i], STAGE_experts, p, d) ||
+            VARIANTS[i].arch != (p->plain ? ARCH_sm90a_plain : ARCH_sm90a_swap))
+            continue;
         fill_gemm(&plan->gate_up, i, gate_up, d, plan->gate_up.us);
         fill_gemm(&plan->down, i, down, d, plan->down.us);
         plan->tile_rows = height;
@@ -714,7 +717,7 @@ static bool join_gemms(moe_plan *plan, const moe_device_info *d, const gemm_shap
 static void offer_high(moe_plan *plan, const moe_device_info *d)
 {
     const moe_problem *p = &plan->problem;
-    if (!plan->one_launch || d->high < 0) return;
+    if (!plan->one_launch || !p->plain || d->high < 0) return;
     const int64_t weight_rows = (p->gated ? 2 : 1) * (int64_t)p->intermediate_size,
                   items = p->topk * ceil_div(plan->chunk_tokens, MOE_HIGH_ROWS) *
                           ceil_div(weight_rows, 192);

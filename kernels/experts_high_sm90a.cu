@@ -12,6 +12,28 @@
 #include "gate_up_tiles.cuh"
 #include "gemm_high.cuh"
 
+// The epilogues without what a plain layer has no use for.
+template <class T>
+struct plain_gate_up : gate_up_problem<T> {
+    template <class Gemm>
+    __device__ __forceinline__ void write(const typename Gemm::results &to,
+                                          const float (&sums)[Gemm::kSums],
+                                          const float (&)[2]) const
+    {
+        this->template write_silu<Gemm>(to, sums);
+    }
+};
+template <class T>
+struct plain_down : down_problem<T, moe_down_args> {
+    template <class Gemm>
+    __device__ __forceinline__ void write(const typename Gemm::results &to,
+                                          const float (&sums)[Gemm::kSums],
+                                          const float (&weight)[2]) const
+    {
+        down_problem<T, moe_down_args>::template write<Gemm, false>(to, sums, weight);
+    }
+};
+
 #define MOE_KERNEL_high(name, type, rows, cols, k, stages, wm, wn, wk, up_cols, up_stages)         \
     extern "C" __global__ void __launch_bounds__(                                                  \
         MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_sm90a_wide, 1)                      \
@@ -26,19 +48,19 @@
         using up = gemm_wgmma<type, true, MOE_HIGH_ROWS, up_cols, 64, up_stages>;                  \
         using low = gemm_wgmma<type, false, MOE_HIGH_ROWS, MOE_HIGH_DOWN_COLS, 64, 4>;             \
         prefetch_maps(w13, w2);                                                                    \
-        const gate_up_problem<type> high_up = {                                                    \
+        const plain_gate_up<type> high_up = {                                                      \
             {args.gate_up, &high_w13, gate_up_cols(args.gate_up), args.gate_up.hidden_size}};      \
-        const down_problem<type, moe_down_args> high_low = {                                       \
+        const plain_down<type> high_low = {                                                        \
             args.down, &high_w2, &high_rows, args.down.hidden_size, args.down.intermediate_size,   \
             0,         1.0f};                                                                      \
         swap::run_before(                                                                          \
             *reinterpret_cast<typename swap::shared *>(dynamic_shared),                            \
-            gemm_high<up, low, gate_up_problem<type>, down_problem<type, moe_down_args>>{          \
-                high_up, high_low, dynamic_shared},                                                \
-            gate_up_swap_problem<type>{args.gate_up, &w13, gate_up_cols(args.gate_up),             \
-                                       args.gate_up.hidden_size},                                  \
-            down_swap_problem<type>{args.down, &w2, args.down.hidden_size,                         \
-                                    args.down.intermediate_size});                                 \
+            gemm_high<up, low, plain_gate_up<type>, plain_down<type>>{high_up, high_low,           \
+                                                                      dynamic_shared},             \
+            gate_up_swap_problem<type, true>{args.gate_up, &w13, gate_up_cols(args.gate_up),       \
+                                             args.gate_up.hidden_size},                            \
+            down_swap_problem<type, true>{args.down, &w2, args.down.hidden_size,                   \
+                                          args.down.intermediate_size});                           \
     }
 #define MOE_KERNEL_sm90a_high_experts(name, type, rows, cols, k, stages, wm, wn, wk, align)        \
     MOE_KERNEL_high(name, type, rows, cols, k, stages, wm, wn, wk, 192, 5)

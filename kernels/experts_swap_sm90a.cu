@@ -9,7 +9,7 @@
 #include "down_swap.cuh"
 #include "gate_up_swap.cuh"
 
-#define MOE_KERNEL_sm90a_swap_experts(name, type, rows, cols, k, stages, wm, wn, wk, align)        \
+#define MOE_KERNEL_experts(name, type, rows, cols, k, stages, wm, wn, wk, plain)                   \
     extern "C" __global__ void __launch_bounds__(                                                  \
         MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_sm90a_swap, 1)                      \
         name(const __grid_constant__ moe_experts_args args,                                        \
@@ -17,9 +17,13 @@
     {                                                                                              \
         prefetch_maps(w13, w2);                                                                    \
         run_gemm<gemm_swap<type, rows, cols, k, stages>>(                                          \
-            gate_up_swap_problem<type>{args.gate_up, &w13, gate_up_cols(args.gate_up),             \
-                                       args.gate_up.hidden_size},                                  \
-            down_swap_problem<type>{args.down, &w2, args.down.hidden_size,                         \
-                                    args.down.intermediate_size});                                 \
+            gate_up_swap_problem<type, plain>{args.gate_up, &w13, gate_up_cols(args.gate_up),      \
+                                              args.gate_up.hidden_size},                           \
+            down_swap_problem<type, plain>{args.down, &w2, args.down.hidden_size,                  \
+                                           args.down.intermediate_size});                          \
     }
+#define MOE_KERNEL_sm90a_swap_experts(name, type, rows, cols, k, stages, wm, wn, wk, align)        \
+    MOE_KERNEL_experts(name, type, rows, cols, k, stages, wm, wn, wk, false)
+#define MOE_KERNEL_sm90a_plain_experts(name, type, rows, cols, k, stages, wm, wn, wk, align)       \
+    MOE_KERNEL_experts(name, type, rows, cols, k, stages, wm, wn, wk, true)
 #include "gemm_instances.cuh"

@@ -24,6 +24,9 @@
 #ifndef MOE_KERNEL_sm90a_swap_experts
 #define MOE_KERNEL_sm90a_swap_experts(...)
 #endif
+#ifndef MOE_KERNEL_sm90a_plain_experts
+#define MOE_KERNEL_sm90a_plain_experts(...)
+#endif
 #ifndef MOE_KERNEL_sm90a_high_experts
 #define MOE_KERNEL_sm90a_high_experts(...)
 #endif

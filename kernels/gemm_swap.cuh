@@ -485,14 +485,16 @@ struct gemm_swap {
     static __device__ __forceinline__ void load_weights(float (&row_weight)[kLaneRows],
                                                         const work &work, const Problem &problem)
     {
-        const auto &args = problem.args;
-        if (!args.topk_weights) return;
+        if constexpr (Problem::kWeighs) {
+            const auto &args = problem.args;
+            if (!args.topk_weights) return;
 #pragma unroll
-        for (int i = 0; i < kLaneRows; ++i) {
-            int32_t row = threadIdx.x % 32 + i * 32;
-            row_weight[i] = row < work.num_rows
-                                ? weight_of(args.sorted_token_ids[work.row_begin + row], args)
-                                : 0.0f;
+            for (int i = 0; i < kLaneRows; ++i) {
+                int32_t row = threadIdx.x % 32 + i * 32;
+                row_weight[i] = row < work.num_rows
+                                    ? weight_of(args.sorted_token_ids[work.row_begin + row], args)
+                                    : 0.0f;
+            }
         }
     }
 
@@ -588,7 +590,7 @@ struct gemm_swap {
 
     // All items of this block, of one GEMM or of two. Problem: weights: the map; box(col, part, rows) -> coordinates of
     // half the weights of an item; token_row(row) -> pointer to a token row by its number among all, NULL: zeros;
-    // write(smem, work, sums); once(): whether its weights leave L2 first; args, num_cols, k_size; kTaken: which number behind num_tiles counts the items taken.
+    // write(smem, work, sums); kWeighs: by router weights, which are then in row_weight; once(): whether its weights leave L2 first; args, num_cols, k_size; kTaken: which number behind num_tiles counts the items taken.
     template <class... Problems>
     static __device__ __forceinline__ void run(shared &smem, const Problems &...problems)
     {

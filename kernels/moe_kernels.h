@@ -396,6 +396,7 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_PRODUCERS_sm90a_high   4
 #define MOE_GEMM_PRODUCERS_sm90a_wide   4
 #define MOE_GEMM_PRODUCERS_sm90a_swap   4 /* one feeds the copy engine, two gather */
+#define MOE_GEMM_PRODUCERS_sm90a_plain  4
 #define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)                                                 \
     ((stages) * ((rows) + (cols)) * (k) * 2 + (rows) * 8)
 /* The ring, half the tile's columns of rounded results (a quarter where no more fits, none of their own where not even
@@ -426,6 +427,8 @@ typedef struct moe_fill_args {
       16 + 1023) /                                                                                 \
      1024 * 1024)
 #define MOE_GEMM_SMEM_sm90a_swap(rows, cols, k, stages)                                            \
+    MOE_GEMM_SMEM_BYTES_sm90a_swap(rows, cols, k, stages)
+#define MOE_GEMM_SMEM_sm90a_plain(rows, cols, k, stages)                                           \
     MOE_GEMM_SMEM_BYTES_sm90a_swap(rows, cols, k, stages)
 #define MOE_HIGH_SMEM_BYTES                             (227 * 1024) /* the ring of the higher tiles */
 #define MOE_GEMM_SMEM_sm90a_high(rows, cols, k, stages) MOE_HIGH_SMEM_BYTES
@@ -461,6 +464,8 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_TOKEN_BOX_sm90a_split(rows)   64
 #define MOE_GEMM_WEIGHT_BOX_sm90a_swap(cols)   ((cols) / 2)
 #define MOE_GEMM_TOKEN_BOX_sm90a_swap(rows)    0
+#define MOE_GEMM_WEIGHT_BOX_sm90a_plain(cols)  ((cols) / 2)
+#define MOE_GEMM_TOKEN_BOX_sm90a_plain(rows)   0
 #define MOE_GEMM_WEIGHT_BOX_sm90a_high(cols)   ((cols) / 2)
 #define MOE_GEMM_TOKEN_BOX_sm90a_high(rows)    0
 #define MOE_GEMM_WEIGHT_BOX_sm90a_wide(cols)   ((cols) / 2)
@@ -472,6 +477,7 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_FETCH_sm90a        128
 #define MOE_GEMM_FETCH_sm90a_split  128
 #define MOE_GEMM_FETCH_sm90a_swap   256
+#define MOE_GEMM_FETCH_sm90a_plain  256
 #define MOE_GEMM_FETCH_sm90a_high   256
 #define MOE_GEMM_FETCH_sm90a_wide   256
 #define MOE_GEMM_FETCH_sm90a_decode 128

@@ -41,7 +41,7 @@ def variants():
 def threads(v):
     """Of a thread block: warps that multiply, and on Hopper those that only copy or write."""
     others = {"sm80": 0, "sm90a": 4, "sm90a_decode": 2, "sm90a_swap": 4, "sm90a_high": 4}
-    others["sm90a_split"] = others["sm90a_wide"] = 4
+    others["sm90a_split"] = others["sm90a_plain"] = others["sm90a_wide"] = 4
     return 32 * (v["wm"] * v["wn"] * v["wk"] + others[v["arch"]])
 
 
@@ -228,7 +228,7 @@ def test_choices_against_what_was_measured():
         us = {tuple(names.split(", ")): time for names, time in us.items()}
         p = plan(num_tokens, *sizes)
         names = [p[s]["name"].split("_bf16_")[1] for s in ("gate_up", "down")]
-        names = [re.sub("_(high|wide)$", "_swap", name) for name in names]  # under uniform routing
+        names = [re.sub("_(high|wide|plain)$", "_swap", name) for name in names]  # under uniform routing
         together = p["gate_up"]["name"].startswith("moe_experts")
         time = time_of(tuple(names[:1] if together else names), us)
         if time is not None:

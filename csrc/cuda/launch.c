@@ -53,6 +53,7 @@ enum {
 #define PARAMS_sm90a_swap_gate_up   moe_gate_up_args
 #define PARAMS_sm90a_swap_down      moe_down_args
 #define PARAMS_sm90a_swap_experts   moe_experts_args
+#define PARAMS_sm90a_plain_experts  moe_experts_args
 #define PARAMS_sm90a_high_experts   moe_experts_args
 #define PARAMS_sm90a_wide_experts   moe_experts_args
 #define PARAMS_sm90a_split_gate_up  moe_gate_up_args
@@ -62,6 +63,7 @@ enum {
 #define ARCH_sm80                   80
 #define ARCH_sm90a                  90
 #define ARCH_sm90a_swap             90
+#define ARCH_sm90a_plain            90
 #define ARCH_sm90a_high             90
 #define ARCH_sm90a_wide             90
 #define ARCH_sm90a_split            90
@@ -74,6 +76,7 @@ enum {
 #define MAPS_sm90a_swap_gate_up     1
 #define MAPS_sm90a_swap_down        1
 #define MAPS_sm90a_swap_experts     2 /* of w13, of w2 */
+#define MAPS_sm90a_plain_experts    2
 #define MAPS_sm90a_high_experts     5 /* the same, and of w13, w2, intermediate for high tiles */
 #define MAPS_sm90a_wide_experts     5
 #define MAPS_sm90a_split_gate_up    1
@@ -83,6 +86,7 @@ enum {
 #define FILE_sm80(stage)            stage /* the .cu file that instantiates the row */
 #define FILE_sm90a(stage)           stage "_sm90a"
 #define FILE_sm90a_swap(stage)      stage "_swap_sm90a"
+#define FILE_sm90a_plain(stage)     stage "_swap_sm90a"
 #define FILE_sm90a_high(stage)      stage "_high_sm90a"
 #define FILE_sm90a_wide(stage)      stage "_high_sm90a"
 #define FILE_sm90a_split(stage)     stage "_split_sm90a"
