@@ -26,7 +26,7 @@ def choose(cost, rows):
     """Plans have these kernels for every layer; -1: those of before."""
     _C._restrict_plans(False, rows, False, cost)
     name = fusedmoe.plan(40, 264, 136, 3, 2)["gate_up"]["name"]
-    kind = "swap" if cost < 0 else {32: "high", 64: "wide"}[rows]
+    kind = "plain" if cost < 0 else {32: "high", 64: "wide"}[rows]
     assert name == f"moe_experts_bf16_{rows}x128_sm90a_{kind}"
 
 
@@ -77,14 +77,38 @@ def test_align_chooses_by_the_number_of_tiles(gpu, rng, seed, rows):
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("routing", ["uniform", "same", "dropped", "none", "duplicates"])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_routings_and_options(gpu, seed, routing, dtype, rows):
+def test_routings(gpu, seed, routing, dtype, rows):
     choose(ALWAYS, rows)
-    more = {"w13_bias": F32, "w2_bias": F32, "shared_output": True, "expert_start": 2}
+    more = {"shared_output": True, "expert_start": 2}
     layer = make_layer(seed, 200, 264, 136, 5, 3, dtype, routing=routing, **more)
     check_layer(gpu, replace(layer, topk_ids=np.where(layer.topk_ids < 0, -1, layer.topk_ids + 2)))
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_weights_on_input(gpu, seed, rows):
+@pytest.mark.parametrize("order", ["up_gate", "interleaved"])
+def test_orders(gpu, seed, order, rows):
     choose(ALWAYS, rows)
-    check_layer(gpu, make_layer(seed, 200, 264, 136, 5, 3, apply_router_weight_on_input=True))
+    check_layer(gpu, make_layer(seed, 200, 264, 136, 5, 3, w13_order=order))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"w13_bias": F32, "w2_bias": F32},
+        {"w2_bias": F32},
+        {"activation": "gelu"},
+        {"activation_limit": 0.5},
+        {"gated": False},
+        {"apply_router_weight_on_input": True},
+    ],
+    ids=str,
+)
+def test_layers_that_are_not_plain_have_other_kernels(gpu, seed, options, rows):
+    """They know no options: whatever the cost, align makes no high tiles for such layers."""
+    choose(ALWAYS, rows)
+    layer = make_layer(seed, 200, 264, 136, 5, 3, routing="same", **options)
+    check_layer(gpu, layer)
+    got = run_layer(gpu, layer)
+    choose(-1, rows)
+    assert same_bits(run_layer(gpu, layer), got)
