@@ -110,7 +110,8 @@ def test_tiles_that_add_are_tiles_of_down():
 
 
 def test_rows_for_both_stages():
-    """Where both stages have a row of sm90a_swap, there is one that does both in one launch."""
+    """Where both stages have a row of sm90a_swap, there is one that does both in one launch, and one
+    that does so for plain layers."""
     heights = {
         stage: {
             (v["act"], v["rows"])
@@ -119,7 +120,8 @@ def test_rows_for_both_stages():
         }
         for stage in ("gate_up", "down", "experts")
     }
-    assert heights["gate_up"] == heights["down"] == heights["experts"]
+    plain = {(v["act"], v["rows"]) for v in variants() if v["arch"] == "sm90a_plain"}
+    assert heights["gate_up"] == heights["down"] == heights["experts"] == plain
 
 
 def chosen(**kwargs):
