@@ -718,9 +718,8 @@ static void offer_high(moe_plan *plan, const moe_device_info *d)
 {
     const moe_problem *p = &plan->problem;
     if (!plan->one_launch || !p->plain || d->high < 0) return;
-    const int64_t weight_rows = (p->gated ? 2 : 1) * (int64_t)p->intermediate_size,
-                  items = p->topk * ceil_div(plan->chunk_tokens, MOE_HIGH_ROWS) *
-                          ceil_div(weight_rows, 192);
+    const int64_t items = p->topk * ceil_div(plan->chunk_tokens, MOE_HIGH_ROWS) *
+                          ceil_div(2 * (int64_t)p->intermediate_size, 192);
     /* measured: with fewer items, where all tokens go to the same experts, high tiles are no faster */
     const bool worth = plan->chunk_tokens > MOE_HIGH_ROWS && items > d->num_sms * 2 / 5;
     if (d->high == 0 && !worth) return;

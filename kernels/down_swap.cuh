@@ -26,9 +26,7 @@ struct down_swap_problem {
         return make_int2(col + part * rows, 0);
     }
 
-    __device__ __forceinline__ int32_t slot(int32_t) const { return 0; }
-
-    __device__ __forceinline__ const typename T::element *token_row(int32_t row, int32_t) const
+    __device__ __forceinline__ const typename T::element *token_row(int32_t row) const
     {
         return static_cast<const typename T::element *>(args.intermediate) +
                row * args.intermediate_stride;

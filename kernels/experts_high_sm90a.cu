@@ -1,6 +1,6 @@
 // arch: sm_90a
-/* experts_high_sm90a.cu: experts_swap_sm90a.cu with tiles of another height behind it, for routings that only align knows:
- * the same arguments, formulas and order of rounding
+/* experts_high_sm90a.cu: experts_swap_sm90a.cu for plain layers with tiles of another height behind it, for routings that only
+ * align knows: the same arguments, formulas and order of rounding
  * In     w13, w2  tensor maps, as there; high_w13, high_w2, high_rows: those of gate_up_sm90a.cu and down_sm90a.cu
  * Out    as there
  * Grid   as there

@@ -1,6 +1,7 @@
 // arch: sm_90a
 /* experts_swap_sm90a.cu: gate_up_swap_sm90a.cu and down_swap_sm90a.cu in one launch: the same arguments, formulas and
- * order of rounding; between the two the stream of weights goes on
+ * order of rounding; between the two the stream of weights goes on. Rows of sm90a_plain are the same for layers of gated
+ * silu without limit, biases and router weights on input, without the code of all these: it costs also where it does not run
  * In     w13, w2  tensor maps, as there
  * Out    intermediate, rows; tiles[i].done counts the warps that have written their part of tile i of intermediate
  * Grid   at most SMs blocks that walk over the items of gate_up, then over those of down. Any number is correct

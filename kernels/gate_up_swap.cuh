@@ -24,14 +24,9 @@ struct gate_up_swap_problem {
                    : make_int2(col + part * rows, 0);
     }
 
-    __device__ __forceinline__ int32_t slot(int32_t row) const
+    __device__ __forceinline__ const typename T::element *token_row(int32_t row) const
     {
-        return args.sorted_token_ids[row];
-    }
-
-    __device__ __forceinline__ const typename T::element *token_row(int32_t, int32_t slot) const
-    {
-        int32_t token = token_of(slot, args);
+        int32_t token = token_of(args.sorted_token_ids[row], args);
         return token >= 0 ? static_cast<const typename T::element *>(args.hidden_states) +
                                 token * args.hidden_stride
                           : nullptr;

@@ -103,9 +103,8 @@ struct high_stage {
         typename Gemm::position at;
         ahead next = {0, {0, 0, 0, 0}};
         work work = Gemm::get_work(smem, 0);
-        int32_t slot[Gemm::kHeld], there = 0;
+        int32_t slot[Gemm::kHeld];
         Gemm::load_slots(slot, work, problem);
-        if (leads()) there = Gemm::copy_ahead(smem, work, problem);
         for (uint32_t n = 0; work.num_rows >= 0; ++n) {
             const unsigned char *token[Gemm::kPasses];
             uint32_t valid = 0;
@@ -129,7 +128,8 @@ struct high_stage {
                 }
                 const int32_t k = step * Gemm::kTileK;
                 mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
-                if (leads()) Gemm::copy_stage(smem, at.stage, work, k, there, problem);
+                int32_t none = 0;
+                if (leads()) Gemm::copy_stage(smem, at.stage, work, k, none, problem);
                 const uint32_t to = shared_address(smem.token[at.stage]) + offset;
                 const bool inside = k + chunk < problem.k_size;
 #pragma unroll
@@ -144,7 +144,6 @@ struct high_stage {
                 }
                 cp_async_arrive(shared_address(&smem.landed[at.stage]));
             }
-            there = 0;
             work = after;
         }
         return next.item;

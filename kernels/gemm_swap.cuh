@@ -207,8 +207,6 @@ struct gemm_swap {
             return static_cast<uint32_t>(atomicAdd(taken, 1));
         };
         uint32_t number = take();
-        uint32_t high_tiles = 0;
-        if constexpr (kHigh) high_tiles = static_cast<uint32_t>(__ldcg(first.args.num_tiles + 3));
         const list list(first, more...);
         auto piece = list.find(number);
         int4 entry = list.load(piece);
@@ -249,7 +247,10 @@ struct gemm_swap {
         }
         if constexpr (kHigh) {
             smem.high_item = number;
-            smem.high_tiles = list.num_tiles > 0 ? 0 : min(high_tiles, list.max_tiles);
+            smem.high_tiles = list.num_tiles > 0
+                                  ? 0
+                                  : static_cast<uint32_t>(min(__ldcg(first.args.num_tiles + 3),
+                                                              first.args.max_tiles));
         }
         post(smem, n, {0, 0, -1, 0, 0, 0});
         mbarrier_wait(shared_address(&smem.read[at.stage]), at.parity ^ 1);
@@ -299,20 +300,12 @@ struct gemm_swap {
                         gemm = work.gemm;
                         if (gemm) wait_for_tile(tile, problems...);
                         valid = missing = 0;
-                        int32_t slot[kPasses]; // all asked for before the first is needed
-#pragma unroll
-                        for (int pass = 0; pass < kPasses; ++pass) {
-                            int32_t of = row + pass * kPassRows;
-                            slot[pass] =
-                                of < work.num_rows ? problem.slot(work.row_begin + of) : -1;
-                        }
 #pragma unroll
                         for (int pass = 0; pass < kPasses; ++pass) {
                             int32_t of = row + pass * kPassRows;
                             const bool is_row = of < work.num_rows;
                             const element *from =
-                                is_row ? problem.token_row(work.row_begin + of, slot[pass])
-                                       : nullptr;
+                                is_row ? problem.token_row(work.row_begin + of) : nullptr;
                             if (from) valid |= 1u << pass;
                             if (is_row && !from) missing |= 1u << pass;
                             token[pass] = reinterpret_cast<const unsigned char *>(from + chunk * 8);
@@ -495,15 +488,13 @@ struct gemm_swap {
         if constexpr (Problem::kWeighs) {
             const auto &args = problem.args;
             if (!args.topk_weights) return;
-            int32_t slot[kLaneRows];
 #pragma unroll
             for (int i = 0; i < kLaneRows; ++i) {
                 int32_t row = threadIdx.x % 32 + i * 32;
-                slot[i] = row < work.num_rows ? args.sorted_token_ids[work.row_begin + row] : -1;
+                row_weight[i] = row < work.num_rows
+                                    ? weight_of(args.sorted_token_ids[work.row_begin + row], args)
+                                    : 0.0f;
             }
-#pragma unroll
-            for (int i = 0; i < kLaneRows; ++i)
-                row_weight[i] = weight_of(slot[i], args);
         }
     }
 
