@@ -110,8 +110,8 @@ def test_tiles_that_add_are_tiles_of_down():
 
 
 def test_rows_for_both_stages():
-    """Where both stages have a row of sm90a_swap, there is one that does both in one launch, and one
-    that does so for plain layers."""
+    """Where both stages have a row of sm90a_swap, there is one that does both in one launch, and
+    one that does so for plain layers."""
     heights = {
         stage: {
             (v["act"], v["rows"])
@@ -230,7 +230,7 @@ def test_choices_against_what_was_measured():
         us = {tuple(names.split(", ")): time for names, time in us.items()}
         p = plan(num_tokens, *sizes)
         names = [p[s]["name"].split("_bf16_")[1] for s in ("gate_up", "down")]
-        names = [re.sub("_(high|wide|plain)$", "_swap", name) for name in names]  # under uniform routing
+        names = [re.sub("_(plain|high|wide)$", "_swap", name) for name in names]  # one tile
         together = p["gate_up"]["name"].startswith("moe_experts")
         time = time_of(tuple(names[:1] if together else names), us)
         if time is not None:
@@ -238,6 +238,23 @@ def test_choices_against_what_was_measured():
     assert len(regrets) >= 0.9 * len(points)
     assert np.exp(np.log(regrets).mean()) <= 1.03
     assert (np.array(regrets) <= 1.10).mean() >= 0.98
+
+
+@pytest.mark.parametrize(
+    "num_tokens, sizes, options, kernel",
+    [
+        (128, (2048, 768, 128, 8), {}, "32x128_sm90a_plain"),  # no expert has more than one tile
+        (256, (2048, 768, 128, 8), {}, "32x128_sm90a_high"),
+        (256, (2048, 768, 128, 8), {"gated": False}, "32x128_sm90a_swap"),
+        (512, (2048, 512, 256, 8), {}, "32x128_sm90a_wide"),  # more items than SMs
+        (512, (2048, 768, 128, 8), {}, "64x128_sm90a_wide"),
+        (512, (4096, 192, 128, 8), {}, "64x128_sm90a_plain"),  # few items
+    ],
+    ids=str,
+)
+def test_high_tiles_where_they_would_be_many(num_tokens, sizes, options, kernel):
+    p = plan(num_tokens, *sizes, **options)
+    assert p["gate_up"]["name"] == p["down"]["name"] == f"moe_experts_bf16_{kernel}"
 
 
 def test_prefill_runs_on_wgmma():
