@@ -26,7 +26,8 @@ enum {
     ARCH_sm90a_split = 93,
     ARCH_sm90a_high = 94,
     ARCH_sm90a_wide = 95,
-    ARCH_sm90a_plain = 96
+    ARCH_sm90a_plain = 96,
+    ARCH_sm90a_bare = 97
 };
 enum {
     STAGE_gate_up = MOE_OP_GATE_UP,
@@ -375,8 +376,9 @@ static double gemm_us(const variant *v, const gemm_shape *s, const moe_device_in
 static bool usable(const variant *v, int32_t stage, const moe_problem *p, const moe_device_info *d)
 {
     bool arch = v->arch == ARCH_sm80 ? d->capability >= 80 : d->hopper != 0;
-    return arch && v->stage == stage && v->act_dtype == p->dtype && v->weight_dtype == p->dtype &&
-           v->align_bytes <= p->vector_bytes && v->smem_bytes <= d->smem_per_block;
+    return arch && v->arch != ARCH_sm90a_bare && v->stage == stage && v->act_dtype == p->dtype &&
+           v->weight_dtype == p->dtype && v->align_bytes <= p->vector_bytes &&
+           v->smem_bytes <= d->smem_per_block;
 }
 
 static bool is_layer(const moe_problem *p)
@@ -740,6 +742,20 @@ static void offer_high(moe_plan *plan, const moe_device_info *d)
     }
 }
 
+/* A row of sm90a without the code of options, where the layer has none. */
+static int32_t plain_row(int32_t row, const moe_problem *p, const moe_device_info *d)
+{
+    const variant *v = &VARIANTS[row];
+    if (!p->plain || d->gate_up_row || d->down_row || v->arch != ARCH_sm90a) return row;
+    for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
+        const variant *of = &VARIANTS[i];
+        if (of->arch == ARCH_sm90a_bare && of->stage == v->stage && of->act_dtype == v->act_dtype &&
+            of->rows == v->rows && of->cols == v->cols && of->stages == v->stages)
+            return i;
+    }
+    return row;
+}
+
 /* Down adds its rows into out. An out that L2 does not hold is done in bands of columns, unless the intermediate, which every
  * band reads anew, has long rows; a row of topk 1 is written, not added, and needs no bands. */
 static void choose_adds(moe_plan *plan, const moe_device_info *d, const gemm_shape *down)
@@ -953,6 +969,8 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
             join_gemms(plan, device, &gate_up, &down);
         choose_adds(plan, device, &down);
         offer_high(plan, device);
+        plan->gate_up.variant = plain_row(plan->gate_up.variant, p, device);
+        plan->down.variant = plain_row(plan->down.variant, p, device);
     }
     plan->max_tiles = (int32_t)most_tiles(p, slots, plan->tile_rows);
 

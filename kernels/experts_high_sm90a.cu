@@ -12,28 +12,6 @@
 #include "gate_up_tiles.cuh"
 #include "gemm_high.cuh"
 
-// The epilogues without what a plain layer has no use for.
-template <class T>
-struct plain_gate_up : gate_up_problem<T> {
-    template <class Gemm>
-    __device__ __forceinline__ void write(const typename Gemm::results &to,
-                                          const float (&sums)[Gemm::kSums],
-                                          const float (&)[2]) const
-    {
-        this->template write_silu<Gemm>(to, sums);
-    }
-};
-template <class T>
-struct plain_down : down_problem<T, moe_down_args> {
-    template <class Gemm>
-    __device__ __forceinline__ void write(const typename Gemm::results &to,
-                                          const float (&sums)[Gemm::kSums],
-                                          const float (&weight)[2]) const
-    {
-        down_problem<T, moe_down_args>::template write<Gemm, false>(to, sums, weight);
-    }
-};
-
 #define MOE_KERNEL_high(name, type, rows, cols, k, stages, wm, wn, wk, up_cols, up_stages)         \
     extern "C" __global__ void __launch_bounds__(                                                  \
         MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_sm90a_wide, 1)                      \

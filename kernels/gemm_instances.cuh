@@ -9,6 +9,12 @@
 #ifndef MOE_KERNEL_sm90a_gate_up
 #define MOE_KERNEL_sm90a_gate_up(...)
 #endif
+#ifndef MOE_KERNEL_sm90a_bare_gate_up
+#define MOE_KERNEL_sm90a_bare_gate_up(...)
+#endif
+#ifndef MOE_KERNEL_sm90a_bare_down
+#define MOE_KERNEL_sm90a_bare_down(...)
+#endif
 #ifndef MOE_KERNEL_sm90a_down
 #define MOE_KERNEL_sm90a_down(...)
 #endif

@@ -391,6 +391,7 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_THREADS(wm, wn, wk)    (32 * (wm) * (wn) * (wk))
 #define MOE_GEMM_PRODUCERS_sm80         0 /* warps beside these that only copy */
 #define MOE_GEMM_PRODUCERS_sm90a        4
+#define MOE_GEMM_PRODUCERS_sm90a_bare   4
 #define MOE_GEMM_PRODUCERS_sm90a_split  4
 #define MOE_GEMM_PRODUCERS_sm90a_decode 2 /* one copies, one writes (gate_up); both copy (down) */
 #define MOE_GEMM_PRODUCERS_sm90a_high   4
@@ -418,6 +419,8 @@ typedef struct moe_fill_args {
      1024 * 1024)
 #define MOE_GEMM_SMEM_sm80(rows, cols, k, stages)  MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)
 #define MOE_GEMM_SMEM_sm90a(rows, cols, k, stages) MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)
+#define MOE_GEMM_SMEM_sm90a_bare(rows, cols, k, stages)                                            \
+    MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)
 #define MOE_GEMM_SMEM_sm90a_split(rows, cols, k, stages)                                           \
     MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)
 #define MOE_SPLIT_BLOCKS 8 /* of a cluster, at most, that split K between them */
@@ -459,6 +462,8 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_WEIGHT_BOX_sm80(cols)         0
 #define MOE_GEMM_TOKEN_BOX_sm80(rows)          0
 #define MOE_GEMM_WEIGHT_BOX_sm90a(cols)        ((cols) / 2)
+#define MOE_GEMM_WEIGHT_BOX_sm90a_bare(cols)   ((cols) / 2)
+#define MOE_GEMM_TOKEN_BOX_sm90a_bare(rows)    64
 #define MOE_GEMM_WEIGHT_BOX_sm90a_split(cols)  ((cols) / 2)
 #define MOE_GEMM_TOKEN_BOX_sm90a(rows)         64
 #define MOE_GEMM_TOKEN_BOX_sm90a_split(rows)   64
@@ -475,6 +480,7 @@ typedef struct moe_fill_args {
 /* What L2 asks memory for where a copy of weights misses it. */
 #define MOE_GEMM_FETCH_sm80         128
 #define MOE_GEMM_FETCH_sm90a        128
+#define MOE_GEMM_FETCH_sm90a_bare   128
 #define MOE_GEMM_FETCH_sm90a_split  128
 #define MOE_GEMM_FETCH_sm90a_swap   256
 #define MOE_GEMM_FETCH_sm90a_plain  256

@@ -48,6 +48,8 @@ enum {
 #define PARAMS_sm80_gate_up         moe_gate_up_args
 #define PARAMS_sm80_down            moe_down_args
 #define PARAMS_sm90a_gate_up        moe_gate_up_args
+#define PARAMS_sm90a_bare_gate_up   moe_gate_up_args
+#define PARAMS_sm90a_bare_down      moe_down_args
 #define PARAMS_sm90a_down           moe_down_args
 #define PARAMS_sm90a_down_add       moe_down_add_args
 #define PARAMS_sm90a_swap_gate_up   moe_gate_up_args
@@ -62,6 +64,7 @@ enum {
 #define PARAMS_sm90a_decode_down    moe_down_decode_args
 #define ARCH_sm80                   80
 #define ARCH_sm90a                  90
+#define ARCH_sm90a_bare             90
 #define ARCH_sm90a_swap             90
 #define ARCH_sm90a_plain            90
 #define ARCH_sm90a_high             90
@@ -71,6 +74,8 @@ enum {
 #define MAPS_sm80_gate_up           0 /* tensor maps: of the weights, then of the token rows */
 #define MAPS_sm80_down              0
 #define MAPS_sm90a_gate_up          1
+#define MAPS_sm90a_bare_gate_up     1
+#define MAPS_sm90a_bare_down        2
 #define MAPS_sm90a_down             2
 #define MAPS_sm90a_down_add         2
 #define MAPS_sm90a_swap_gate_up     1
@@ -85,6 +90,7 @@ enum {
 #define MAPS_sm90a_decode_down      2
 #define FILE_sm80(stage)            stage /* the .cu file that instantiates the row */
 #define FILE_sm90a(stage)           stage "_sm90a"
+#define FILE_sm90a_bare(stage)      stage "_sm90a"
 #define FILE_sm90a_swap(stage)      stage "_swap_sm90a"
 #define FILE_sm90a_plain(stage)     stage "_swap_sm90a"
 #define FILE_sm90a_high(stage)      stage "_high_sm90a"
