@@ -38,6 +38,7 @@ MOST_WEIGHTS = 150e6  # elements of one layer of random sizes
 LARGE_TILE = 96  # rows: never hopeless
 OWN = (-1, -1)  # the plan's own choice
 ROW = re.compile(r"moe_(gate_up|down)_(bf16|f16)_(\d+)x\d+(_any)?(?:_(\w+))?$")
+OTHERS = "sm90a_decode", "sm90a_bare"  # not held to: the plan takes them for other rows
 
 
 def random_points(count, seed=0):
@@ -64,7 +65,7 @@ def rows_of(stage, dtype):
     found = {}
     for row, name in enumerate(_C.info()["kernels"]):
         of = ROW.match(name)
-        if of and of[1] == stage and of[2] == dtype and not of[4] and of[5] != "sm90a_decode":
+        if of and of[1] == stage and of[2] == dtype and not of[4] and of[5] not in OTHERS:
             found.setdefault(int(of[3]), []).append(row)
     return found
 

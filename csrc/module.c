@@ -444,6 +444,7 @@ static int parse_problem(module_state *state, PyObject *const *v, moe_problem *p
     p->out_vector_bytes = p->hidden_size * bytes % 16 ? (int32_t)bytes : 16;
     p->ids_dtype = MOE_I32;
     p->operation = p->routed ? MOE_OP_FUSED_MOE : MOE_OP_FUSED_EXPERTS;
+    p->plain = p->gated;
     return MOE_OK;
 }
 

@@ -182,6 +182,7 @@ typedef struct moe_problem {
     int32_t deterministic;
     int32_t batch_invariant;
     int32_t operation; /* MOE_OP_*: which stages run, so which parts of the workspace are needed */
+    int32_t plain;     /* a layer of gated silu without limit, biases and router weights on input */
     int64_t workspace_limit; /* bytes; 0: MOE_WORKSPACE_LIMIT */
 } moe_problem;
 
@@ -255,6 +256,7 @@ typedef struct moe_plan {
     int32_t decode;     /* 1: no align and no combine; gate_up and down read topk_ids themselves */
     int32_t one_launch; /* 1: gate_up and down, by the variant of both */
     int32_t high_rows, high_cost; /* in one launch: what align may choose, as in moe_align_args */
+    int32_t high_cols;            /* of gate_up in such a tile */
     int32_t adds; /* 1: out is filled, then down adds its rows; deterministic where topk is 1 */
     moe_align_plan align;
     int32_t route_threads; /* of a block; a warp for each token */

@@ -24,7 +24,10 @@ enum {
     ARCH_sm90a_decode = 91,
     ARCH_sm90a_swap = 92,
     ARCH_sm90a_split = 93,
-    ARCH_sm90a_high = 94
+    ARCH_sm90a_high = 94,
+    ARCH_sm90a_wide = 95,
+    ARCH_sm90a_plain = 96,
+    ARCH_sm90a_bare = 97
 };
 enum {
     STAGE_gate_up = MOE_OP_GATE_UP,
@@ -373,8 +376,9 @@ static double gemm_us(const variant *v, const gemm_shape *s, const moe_device_in
 static bool usable(const variant *v, int32_t stage, const moe_problem *p, const moe_device_info *d)
 {
     bool arch = v->arch == ARCH_sm80 ? d->capability >= 80 : d->hopper != 0;
-    return arch && v->stage == stage && v->act_dtype == p->dtype && v->weight_dtype == p->dtype &&
-           v->align_bytes <= p->vector_bytes && v->smem_bytes <= d->smem_per_block;
+    return arch && v->arch != ARCH_sm90a_bare && v->stage == stage && v->act_dtype == p->dtype &&
+           v->weight_dtype == p->dtype && v->align_bytes <= p->vector_bytes &&
+           v->smem_bytes <= d->smem_per_block;
 }
 
 static bool is_layer(const moe_problem *p)
@@ -714,7 +718,9 @@ static bool join_gemms(moe_plan *plan, const moe_device_info *d, const gemm_shap
         return false;
     }
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
-        if (VARIANTS[i].rows != height || !usable(&VARIANTS[i], STAGE_experts, p, d)) continue;
+        if (VARIANTS[i].rows != height || !usable(&VARIANTS[i], STAGE_experts, p, d) ||
+            VARIANTS[i].arch != (p->plain ? ARCH_sm90a_plain : ARCH_sm90a_swap))
+            continue;
         fill_gemm(&plan->gate_up, i, gate_up, d, plan->gate_up.us);
         fill_gemm(&plan->down, i, down, d, plan->down.us);
         plan->tile_rows = height;
@@ -730,24 +736,41 @@ static bool join_gemms(moe_plan *plan, const moe_device_info *d, const gemm_shap
 static void offer_high(moe_plan *plan, const moe_device_info *d)
 {
     const moe_problem *p = &plan->problem;
-    if (!plan->one_launch || d->high < 0) return;
+    if (!plan->one_launch || !p->plain || d->high < 0) return;
+    const int64_t items = p->topk * ceil_div(plan->chunk_tokens, MOE_HIGH_ROWS) *
+                          ceil_div(2 * (int64_t)p->intermediate_size, 192);
     /* measured: with fewer items, where all tokens go to the same experts, high tiles are no faster */
-    const int64_t cols = ceil_div((p->gated ? 2 : 1) * (int64_t)p->intermediate_size,
-                                  MOE_HIGH_UP_COLS),
-                  items = p->topk * ceil_div(plan->chunk_tokens, MOE_HIGH_ROWS) * cols;
     const bool worth = plan->chunk_tokens > MOE_HIGH_ROWS && items > d->num_sms * 2 / 5;
     if (d->high == 0 && !worth) return;
+    /* the wider, which are faster for each column, once a block has more than one */
+    const int32_t arch = items <= d->num_sms ? ARCH_sm90a_high : ARCH_sm90a_wide;
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
         const variant *v = &VARIANTS[i];
-        if (v->arch != ARCH_sm90a_high || v->rows != plan->tile_rows ||
-            !usable(v, STAGE_experts, p, d))
+        const bool is_high = v->arch == ARCH_sm90a_high || v->arch == ARCH_sm90a_wide;
+        if (!is_high || (v->arch != arch && (d->high == 0 || plan->high_rows)) ||
+            v->rows != plan->tile_rows || !usable(v, STAGE_experts, p, d))
             continue;
         plan->gate_up.variant = plan->down.variant = i;
         plan->gate_up.smem_bytes = plan->down.smem_bytes = v->smem_bytes;
         plan->high_rows = MOE_HIGH_ROWS;
-        plan->high_cost =
-            d->high > 0 ? d->high : 48; /* a high tile takes as long as three of 32 rows */
+        plan->high_cols = v->arch == ARCH_sm90a_high ? 192 : 256;
+        /* a high tile takes as long as three of 32 rows, as 1.75 of 64 */
+        plan->high_cost = d->high > 0 ? d->high : v->rows == 32 ? 48 : 28;
     }
+}
+
+/* A row of sm90a without the code of options, where the layer has none. */
+static int32_t plain_row(int32_t row, const moe_problem *p, const moe_device_info *d)
+{
+    const variant *v = &VARIANTS[row];
+    if (!p->plain || d->gate_up_row || d->down_row || v->arch != ARCH_sm90a) return row;
+    for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
+        const variant *of = &VARIANTS[i];
+        if (of->arch == ARCH_sm90a_bare && of->stage == v->stage && of->act_dtype == v->act_dtype &&
+            of->rows == v->rows && of->cols == v->cols && of->stages == v->stages)
+            return i;
+    }
+    return row;
 }
 
 /* Down adds its rows into out. An out that L2 does not hold is done in bands of columns, unless the intermediate, which every
@@ -964,6 +987,8 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
             join_gemms(plan, device, &gate_up, &down);
         choose_adds(plan, device, &down);
         offer_high(plan, device);
+        plan->gate_up.variant = plain_row(plan->gate_up.variant, p, device);
+        plan->down.variant = plain_row(plan->down.variant, p, device);
     }
     plan->max_tiles = (int32_t)most_tiles(p, slots, plan->tile_rows);
 

@@ -675,6 +675,9 @@ static int validate_layer(const moe_call *c, moe_problem *p, moe_error *err)
     p->vector_bytes = vector;
     p->out_vector_bytes = vector_bytes(&c->shared_output, out_vector);
     p->deterministic = o->deterministic;
+    p->plain = o->activation == MOE_ACT_SILU && o->gated && !o->has_limit &&
+               !o->apply_router_weight_on_input && !tensor_present(&c->w13_bias) &&
+               !tensor_present(&c->w2_bias);
     return MOE_OK;
 }
 

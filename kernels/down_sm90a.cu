@@ -8,7 +8,10 @@
  * Cost   as gate_up_sm90a.cu, and num_rows * hidden_size * 2 bytes written */
 #include "down_wgmma.cuh"
 
-#define MOE_KERNEL_sm90a_down(name, type, rows, cols, k, stages, wm, wn, wk, align)                \
+template <class T>
+using any_down = down_problem<T, moe_down_args>;
+
+#define MOE_KERNEL_down(problem, name, type, rows, cols, k, stages, wm, wn, wk)                    \
     extern "C" __global__ void __launch_bounds__(                                                  \
         MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_sm90a, 1)                           \
         name(const __grid_constant__ moe_down_args args,                                           \
@@ -17,7 +20,10 @@
     {                                                                                              \
         prefetch_maps(weights, tokens);                                                            \
         run_gemm<gemm_wgmma<type, false, rows, cols, k, stages>>(                                  \
-            down_problem<type, moe_down_args>{args, &weights, &tokens, args.hidden_size,           \
-                                              args.intermediate_size, 0, 1.0f});                   \
+            problem{args, &weights, &tokens, args.hidden_size, args.intermediate_size, 0, 1.0f});  \
     }
+#define MOE_KERNEL_sm90a_down(name, type, rows, cols, k, stages, wm, wn, wk, align)                \
+    MOE_KERNEL_down(any_down<type>, name, type, rows, cols, k, stages, wm, wn, wk)
+#define MOE_KERNEL_sm90a_bare_down(name, type, rows, cols, k, stages, wm, wn, wk, align)           \
+    MOE_KERNEL_down(plain_down<type>, name, type, rows, cols, k, stages, wm, wn, wk)
 #include "gemm_instances.cuh"

@@ -6,12 +6,14 @@
 #include "down.cuh"
 #include "gemm_swap.cuh"
 
-template <class T>
+// kPlain: without bias.
+template <class T, bool kPlain = false>
 struct down_swap_problem {
     const moe_down_args &args;
     const tensor_map *weights;
     int32_t num_cols, k_size;
     static constexpr int kTaken = 2;
+    static constexpr bool kWeighs = true;
 
     // Measured: worth it while the results fill a part of L2 only.
     __device__ __forceinline__ bool once() const
@@ -35,7 +37,7 @@ struct down_swap_problem {
                                           const typename Gemm::work &work,
                                           const float (&sums)[Gemm::kBlocks][Gemm::kSums]) const
     {
-        if (args.w2_bias)
+        if (!kPlain && args.w2_bias)
             write<Gemm, true>(smem, work, sums);
         else
             write<Gemm, false>(smem, work, sums);

@@ -132,4 +132,16 @@ struct down_problem {
     }
 };
 
+// Without bias, for a plain layer.
+template <class T>
+struct plain_down : down_problem<T, moe_down_args> {
+    template <class Gemm>
+    __device__ __forceinline__ void write(const typename Gemm::results &to,
+                                          const float (&sums)[Gemm::kSums],
+                                          const float (&weight)[2]) const
+    {
+        down_problem<T, moe_down_args>::template write<Gemm, false>(to, sums, weight);
+    }
+};
+
 #endif

@@ -7,7 +7,7 @@
  * Cost   from about a hundred rows an expert on math, else the weights once for each tile of an expert */
 #include "gate_up_tiles.cuh"
 
-#define MOE_KERNEL_sm90a_gate_up(name, type, rows, cols, k, stages, wm, wn, wk, align)             \
+#define MOE_KERNEL_gate_up(problem, name, type, rows, cols, k, stages, wm, wn, wk)                 \
     extern "C" __global__ void __launch_bounds__(                                                  \
         MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_sm90a, 1)                           \
         name(const __grid_constant__ moe_gate_up_args args,                                        \
@@ -15,6 +15,10 @@
     {                                                                                              \
         prefetch_maps(weights);                                                                    \
         run_gemm<gemm_wgmma<type, true, rows, cols, k, stages>>(                                   \
-            gate_up_problem<type>{args, &weights, gate_up_cols(args), args.hidden_size});          \
+            problem<type>{{args, &weights, gate_up_cols(args), args.hidden_size}});                \
     }
+#define MOE_KERNEL_sm90a_gate_up(name, type, rows, cols, k, stages, wm, wn, wk, align)             \
+    MOE_KERNEL_gate_up(gate_up_problem, name, type, rows, cols, k, stages, wm, wn, wk)
+#define MOE_KERNEL_sm90a_bare_gate_up(name, type, rows, cols, k, stages, wm, wn, wk, align)        \
+    MOE_KERNEL_gate_up(plain_gate_up, name, type, rows, cols, k, stages, wm, wn, wk)
 #include "gemm_instances.cuh"

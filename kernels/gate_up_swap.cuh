@@ -6,18 +6,20 @@
 #include "gate_up.cuh"
 #include "gemm_swap.cuh"
 
-template <class T>
+// kPlain: gated silu without limit, bias and router weights; the code of all else is not there.
+template <class T, bool kPlain = false>
 struct gate_up_swap_problem {
     const moe_gate_up_args &args;
     const tensor_map *weights;
     int32_t num_cols, k_size;
     static constexpr int kTaken = 1;
+    static constexpr bool kWeighs = !kPlain;
 
     __device__ __forceinline__ bool once() const { return true; }
 
     __device__ __forceinline__ int2 box(int32_t col, int32_t part, int32_t rows) const
     {
-        return args.gated
+        return kPlain || args.gated
                    ? make_int2(col / 2, args.w13_order == MOE_ORDER_UP_GATE ? 1 - part : part)
                    : make_int2(col + part * rows, 0);
     }
@@ -36,8 +38,10 @@ struct gate_up_swap_problem {
                                           const typename Gemm::work &work,
                                           const float (&sums)[Gemm::kBlocks][Gemm::kSums]) const
     {
-        if (args.activation == MOE_ACT_SILU && args.gated && !args.w13_bias && !args.topk_weights &&
-            !(args.activation_limit > 0.0f))
+        if constexpr (kPlain)
+            write_silu<Gemm>(smem, work, sums);
+        else if (args.activation == MOE_ACT_SILU && args.gated && !args.w13_bias &&
+                 !args.topk_weights && !(args.activation_limit > 0.0f))
             write_silu<Gemm>(smem, work, sums);
         else
             write_any<Gemm>(smem, work, sums);

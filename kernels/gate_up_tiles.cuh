@@ -102,4 +102,16 @@ struct gate_up_problem : gate_up_operands<T> {
     }
 };
 
+// Without what a plain layer (gemm_variants.def) has no use for.
+template <class T>
+struct plain_gate_up : gate_up_problem<T> {
+    template <class Gemm>
+    __device__ __forceinline__ void write(const typename Gemm::results &to,
+                                          const float (&sums)[Gemm::kSums],
+                                          const float (&)[2]) const
+    {
+        this->template write_silu<Gemm>(to, sums);
+    }
+};
+
 #endif

@@ -9,6 +9,12 @@
 #ifndef MOE_KERNEL_sm90a_gate_up
 #define MOE_KERNEL_sm90a_gate_up(...)
 #endif
+#ifndef MOE_KERNEL_sm90a_bare_gate_up
+#define MOE_KERNEL_sm90a_bare_gate_up(...)
+#endif
+#ifndef MOE_KERNEL_sm90a_bare_down
+#define MOE_KERNEL_sm90a_bare_down(...)
+#endif
 #ifndef MOE_KERNEL_sm90a_down
 #define MOE_KERNEL_sm90a_down(...)
 #endif
@@ -24,8 +30,14 @@
 #ifndef MOE_KERNEL_sm90a_swap_experts
 #define MOE_KERNEL_sm90a_swap_experts(...)
 #endif
+#ifndef MOE_KERNEL_sm90a_plain_experts
+#define MOE_KERNEL_sm90a_plain_experts(...)
+#endif
 #ifndef MOE_KERNEL_sm90a_high_experts
 #define MOE_KERNEL_sm90a_high_experts(...)
+#endif
+#ifndef MOE_KERNEL_sm90a_wide_experts
+#define MOE_KERNEL_sm90a_wide_experts(...)
 #endif
 #ifndef MOE_KERNEL_sm90a_split_gate_up
 #define MOE_KERNEL_sm90a_split_gate_up(...)

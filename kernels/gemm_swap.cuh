@@ -282,8 +282,10 @@ struct gemm_swap {
         int32_t thread = threadIdx.x - kMathThreads - 32;
         int32_t row = thread / kChunks, chunk = thread % kChunks;
         uint32_t offset = row * 128 + ((chunk ^ (row & 7)) << 4);
-        const unsigned char *token[kPasses]; // of tile `tile` of GEMM `gemm`
-        uint32_t valid = 0, missing = 0;     // rows of a thread that are there; that are zeros
+        // Of tile `tile` of GEMM `gemm`. They go along with K: an address that is made for each copy has to wait until the
+        // copy that had its register has been sent.
+        const unsigned char *token[kPasses];
+        uint32_t valid = 0, missing = 0; // rows of a thread that are there; that are zeros
         int32_t tile = -1, gemm = 0;
         position at;
         for (uint32_t n = 0;; ++n) {
@@ -318,7 +320,7 @@ struct gemm_swap {
                             min(kPieces, (problem.k_size - k) / MOE_MAP_COLS); // inside of K
                         auto copy = [&](int pass, int piece, uint32_t bytes) {
                             cp_async_16_wide(to + piece * kTokenBytes + pass * (kPassRows * 128),
-                                             token[pass] + k * 2 + piece * 128, bytes);
+                                             token[pass] + piece * 128, bytes);
                         };
 #pragma unroll
                         for (int piece = 0; piece < kPieces; ++piece) {
@@ -341,7 +343,14 @@ struct gemm_swap {
                             }
                         }
                         cp_async_arrive(shared_address(&smem.landed[at.stage]));
+#pragma unroll
+                        for (int pass = 0; pass < kPasses; ++pass)
+                            token[pass] += kTileK * 2;
                     }
+                    const int32_t back = steps_of(problem) * (kTileK * 2);
+#pragma unroll
+                    for (int pass = 0; pass < kPasses; ++pass)
+                        token[pass] -= back;
                 },
                 problems...);
         }
@@ -476,14 +485,16 @@ struct gemm_swap {
     static __device__ __forceinline__ void load_weights(float (&row_weight)[kLaneRows],
                                                         const work &work, const Problem &problem)
     {
-        const auto &args = problem.args;
-        if (!args.topk_weights) return;
+        if constexpr (Problem::kWeighs) {
+            const auto &args = problem.args;
+            if (!args.topk_weights) return;
 #pragma unroll
-        for (int i = 0; i < kLaneRows; ++i) {
-            int32_t row = threadIdx.x % 32 + i * 32;
-            row_weight[i] = row < work.num_rows
-                                ? weight_of(args.sorted_token_ids[work.row_begin + row], args)
-                                : 0.0f;
+            for (int i = 0; i < kLaneRows; ++i) {
+                int32_t row = threadIdx.x % 32 + i * 32;
+                row_weight[i] = row < work.num_rows
+                                    ? weight_of(args.sorted_token_ids[work.row_begin + row], args)
+                                    : 0.0f;
+            }
         }
     }
 
@@ -579,7 +590,7 @@ struct gemm_swap {
 
     // All items of this block, of one GEMM or of two. Problem: weights: the map; box(col, part, rows) -> coordinates of
     // half the weights of an item; token_row(row) -> pointer to a token row by its number among all, NULL: zeros;
-    // write(smem, work, sums); once(): whether its weights leave L2 first; args, num_cols, k_size; kTaken: which number behind num_tiles counts the items taken.
+    // write(smem, work, sums); kWeighs: by router weights, which are then in row_weight; once(): whether its weights leave L2 first; args, num_cols, k_size; kTaken: which number behind num_tiles counts the items taken.
     template <class... Problems>
     static __device__ __forceinline__ void run(shared &smem, const Problems &...problems)
     {

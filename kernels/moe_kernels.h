@@ -395,10 +395,13 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_THREADS(wm, wn, wk)    (32 * (wm) * (wn) * (wk))
 #define MOE_GEMM_PRODUCERS_sm80         0 /* warps beside these that only copy */
 #define MOE_GEMM_PRODUCERS_sm90a        4
+#define MOE_GEMM_PRODUCERS_sm90a_bare   4
 #define MOE_GEMM_PRODUCERS_sm90a_split  4
 #define MOE_GEMM_PRODUCERS_sm90a_decode 2 /* one copies, one writes (gate_up); both copy (down) */
 #define MOE_GEMM_PRODUCERS_sm90a_high   4
+#define MOE_GEMM_PRODUCERS_sm90a_wide   4
 #define MOE_GEMM_PRODUCERS_sm90a_swap   4 /* one feeds the copy engine, two gather */
+#define MOE_GEMM_PRODUCERS_sm90a_plain  4
 #define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)                                                 \
     ((stages) * ((rows) + (cols)) * (k) * 2 + (rows) * 8)
 /* The ring, half the tile's columns of rounded results (a quarter where no more fits, none of their own where not even
@@ -420,6 +423,8 @@ typedef struct moe_fill_args {
      1024 * 1024)
 #define MOE_GEMM_SMEM_sm80(rows, cols, k, stages)  MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)
 #define MOE_GEMM_SMEM_sm90a(rows, cols, k, stages) MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)
+#define MOE_GEMM_SMEM_sm90a_bare(rows, cols, k, stages)                                            \
+    MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)
 #define MOE_GEMM_SMEM_sm90a_split(rows, cols, k, stages)                                           \
     MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)
 #define MOE_SPLIT_BLOCKS 8 /* of a cluster, at most, that split K between them */
@@ -430,11 +435,13 @@ typedef struct moe_fill_args {
      1024 * 1024)
 #define MOE_GEMM_SMEM_sm90a_swap(rows, cols, k, stages)                                            \
     MOE_GEMM_SMEM_BYTES_sm90a_swap(rows, cols, k, stages)
-#define MOE_GEMM_SMEM_sm90a_high(rows, cols, k, stages)                                            \
-    (227 * 1024) /* the ring of the higher tiles */
-#define MOE_HIGH_ROWS      128
-#define MOE_HIGH_UP_COLS   192
-#define MOE_HIGH_DOWN_COLS 256
+#define MOE_GEMM_SMEM_sm90a_plain(rows, cols, k, stages)                                           \
+    MOE_GEMM_SMEM_BYTES_sm90a_swap(rows, cols, k, stages)
+#define MOE_HIGH_SMEM_BYTES                             (227 * 1024) /* the ring of the higher tiles */
+#define MOE_GEMM_SMEM_sm90a_high(rows, cols, k, stages) MOE_HIGH_SMEM_BYTES
+#define MOE_GEMM_SMEM_sm90a_wide(rows, cols, k, stages) MOE_HIGH_SMEM_BYTES
+#define MOE_HIGH_ROWS                                   128
+#define MOE_HIGH_DOWN_COLS                              256
 #define MOE_GEMM_SMEM_sm90a_decode(rows, cols, k, stages)                                          \
     (227 * 1024) /* at most; the plan adds it up */
 #define MOE_GEMM_GRID(max_tiles, weight_rows, cols)                                                \
@@ -459,21 +466,30 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_WEIGHT_BOX_sm80(cols)         0
 #define MOE_GEMM_TOKEN_BOX_sm80(rows)          0
 #define MOE_GEMM_WEIGHT_BOX_sm90a(cols)        ((cols) / 2)
+#define MOE_GEMM_WEIGHT_BOX_sm90a_bare(cols)   ((cols) / 2)
+#define MOE_GEMM_TOKEN_BOX_sm90a_bare(rows)    64
 #define MOE_GEMM_WEIGHT_BOX_sm90a_split(cols)  ((cols) / 2)
 #define MOE_GEMM_TOKEN_BOX_sm90a(rows)         64
 #define MOE_GEMM_TOKEN_BOX_sm90a_split(rows)   64
 #define MOE_GEMM_WEIGHT_BOX_sm90a_swap(cols)   ((cols) / 2)
 #define MOE_GEMM_TOKEN_BOX_sm90a_swap(rows)    0
+#define MOE_GEMM_WEIGHT_BOX_sm90a_plain(cols)  ((cols) / 2)
+#define MOE_GEMM_TOKEN_BOX_sm90a_plain(rows)   0
 #define MOE_GEMM_WEIGHT_BOX_sm90a_high(cols)   ((cols) / 2)
 #define MOE_GEMM_TOKEN_BOX_sm90a_high(rows)    0
+#define MOE_GEMM_WEIGHT_BOX_sm90a_wide(cols)   ((cols) / 2)
+#define MOE_GEMM_TOKEN_BOX_sm90a_wide(rows)    0
 #define MOE_GEMM_WEIGHT_BOX_sm90a_decode(cols) (cols)
 #define MOE_GEMM_TOKEN_BOX_sm90a_decode(rows)  0
 /* What L2 asks memory for where a copy of weights misses it. */
 #define MOE_GEMM_FETCH_sm80         128
 #define MOE_GEMM_FETCH_sm90a        128
+#define MOE_GEMM_FETCH_sm90a_bare   128
 #define MOE_GEMM_FETCH_sm90a_split  128
 #define MOE_GEMM_FETCH_sm90a_swap   256
+#define MOE_GEMM_FETCH_sm90a_plain  256
 #define MOE_GEMM_FETCH_sm90a_high   256
+#define MOE_GEMM_FETCH_sm90a_wide   256
 #define MOE_GEMM_FETCH_sm90a_decode 128
 
 /* align sorts num_slots slots of a block by a matrix of bits in shared memory: a row for each expert, in steps of 4 words

@@ -17,15 +17,17 @@ SIZES = [
     (300, 1032, 264, 12, 3),  # columns that end inside a tile, K inside a stage
     (700, 512, 320, 130, 2),  # more items than blocks
     (150, 264, 1544, 5, 3),  # few items: token rows of down wait
-    (3000, 64, 64, 600, 9),  # two launches of align
+    (3000, 64, 64, 600, 9),  # two launches of align; with 32 rows the wider tiles
 ]
+ROWS = [32, 64]  # of the low tiles
 
 
-def choose(cost):
+def choose(cost, rows):
     """Plans have these kernels for every layer; -1: those of before."""
-    _C._restrict_plans(False, 32, False, cost)
+    _C._restrict_plans(False, rows, False, cost)
     name = fusedmoe.plan(40, 264, 136, 3, 2)["gate_up"]["name"]
-    assert cost < 0 or name == "moe_experts_bf16_32x128_sm90a_high"
+    kind = "plain" if cost < 0 else {32: "high", 64: "wide"}[rows]
+    assert name == f"moe_experts_bf16_{rows}x128_sm90a_{kind}"
 
 
 @pytest.fixture(autouse=True)
@@ -42,12 +44,13 @@ def same_experts(layer, rng, share):
     return replace(layer, topk_ids=ids)
 
 
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("share", [0, 0.5, 1])
-def test_against_the_oracle(gpu, rng, seed, sizes, share):
+def test_against_the_oracle(gpu, rng, seed, sizes, share, rows):
     """The same bits whatever memory held, and within the bounds of the oracle."""
     layer = same_experts(make_layer(seed, *sizes), rng, share)
-    choose(ALWAYS)
+    choose(ALWAYS, rows)
     got = run_layer(gpu, layer)
     for fill in (0, 0xFF, 1, 0x7F):
         assert same_bits(run_layer(gpu, layer, fill=fill), got)
@@ -55,30 +58,57 @@ def test_against_the_oracle(gpu, rng, seed, sizes, share):
     assert_close(got, want, error, seed=seed)
 
 
-def test_align_chooses_by_the_number_of_tiles(gpu, rng, seed):
+@pytest.mark.parametrize("rows", ROWS)
+def test_align_chooses_by_the_number_of_tiles(gpu, rng, seed, rows):
     """Low tiles times 16 against high tiles times the cost; on either side the bits of one kind."""
     layer = same_experts(make_layer(seed, 640, 1024, 256, 16, 3), rng, 1)
-    choose(NEVER)
+    choose(NEVER, rows)
     low = run_layer(gpu, layer)
-    choose(ALWAYS)
+    choose(ALWAYS, rows)
     high = run_layer(gpu, layer)
-    choose(16 * 4)
+    choose(16 * 128 // rows, rows)
     assert same_bits(run_layer(gpu, layer), high)
-    choose(16 * 4 + 1)
+    choose(16 * 128 // rows + 1, rows)
     assert same_bits(run_layer(gpu, layer), low)
-    choose(-1)
+    choose(-1, rows)
     assert same_bits(run_layer(gpu, layer), low)
 
 
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("routing", ["uniform", "same", "dropped", "none", "duplicates"])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_routings_and_options(gpu, seed, routing, dtype):
-    choose(ALWAYS)
-    more = {"w13_bias": F32, "w2_bias": F32, "shared_output": True, "expert_start": 2}
+def test_routings(gpu, seed, routing, dtype, rows):
+    choose(ALWAYS, rows)
+    more = {"shared_output": True, "expert_start": 2}
     layer = make_layer(seed, 200, 264, 136, 5, 3, dtype, routing=routing, **more)
     check_layer(gpu, replace(layer, topk_ids=np.where(layer.topk_ids < 0, -1, layer.topk_ids + 2)))
 
 
-def test_weights_on_input(gpu, seed):
-    choose(ALWAYS)
-    check_layer(gpu, make_layer(seed, 200, 264, 136, 5, 3, apply_router_weight_on_input=True))
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("order", ["up_gate", "interleaved"])
+def test_orders(gpu, seed, order, rows):
+    choose(ALWAYS, rows)
+    check_layer(gpu, make_layer(seed, 200, 264, 136, 5, 3, w13_order=order))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"w13_bias": F32, "w2_bias": F32},
+        {"w2_bias": F32},
+        {"activation": "gelu"},
+        {"activation_limit": 0.5},
+        {"gated": False},
+        {"apply_router_weight_on_input": True},
+    ],
+    ids=str,
+)
+def test_layers_that_are_not_plain_have_other_kernels(gpu, seed, options, rows):
+    """They know no options: whatever the cost, align makes no high tiles for such layers."""
+    choose(ALWAYS, rows)
+    layer = make_layer(seed, 200, 264, 136, 5, 3, routing="same", **options)
+    check_layer(gpu, layer)
+    got = run_layer(gpu, layer)
+    choose(-1, rows)
+    assert same_bits(run_layer(gpu, layer), got)

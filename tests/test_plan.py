@@ -41,7 +41,7 @@ def variants():
 def threads(v):
     """Of a thread block: warps that multiply, and on Hopper those that only copy or write."""
     others = {"sm80": 0, "sm90a": 4, "sm90a_decode": 2, "sm90a_swap": 4, "sm90a_high": 4}
-    others["sm90a_split"] = 4
+    others |= dict.fromkeys(("sm90a_split", "sm90a_plain", "sm90a_wide", "sm90a_bare"), 4)
     return 32 * (v["wm"] * v["wn"] * v["wk"] + others[v["arch"]])
 
 
@@ -110,7 +110,8 @@ def test_tiles_that_add_are_tiles_of_down():
 
 
 def test_rows_for_both_stages():
-    """Where both stages have a row of sm90a_swap, there is one that does both in one launch."""
+    """Where both stages have a row of sm90a_swap, there is one that does both in one launch, and
+    one that does so for plain layers."""
     heights = {
         stage: {
             (v["act"], v["rows"])
@@ -119,7 +120,8 @@ def test_rows_for_both_stages():
         }
         for stage in ("gate_up", "down", "experts")
     }
-    assert heights["gate_up"] == heights["down"] == heights["experts"]
+    plain = {(v["act"], v["rows"]) for v in variants() if v["arch"] == "sm90a_plain"}
+    assert heights["gate_up"] == heights["down"] == heights["experts"] == plain
 
 
 def chosen(**kwargs):
@@ -164,6 +166,7 @@ def test_every_variant_is_chosen_somewhere():
         for v in variants()
         if v["arch"] == "sm90a_swap" and v["cols"] == 128 and (v["act"], v["rows"]) in both
     }
+    found |= {name.replace("_bare", "") for name in found}
     assert {v["name"] for v in variants()} - found - alone == set()
 
 
@@ -196,7 +199,8 @@ def test_plans_of_given_rows():
             _C._fix_plans(up, low)
             try:
                 if gate_up["rows"] == down["rows"] and gate_up["act"] == down["act"] == "bf16":
-                    if "decode" not in gate_up["arch"] + down["arch"]:
+                    arch = gate_up["arch"] + down["arch"]
+                    if "decode" not in arch and "bare" not in arch:
                         p = plan(40, 264, 136, 3, 2)
                         assert (p["gate_up"]["variant"], p["down"]["variant"]) == (up, low)
                         continue
@@ -228,7 +232,9 @@ def test_choices_against_what_was_measured():
         us = {tuple(names.split(", ")): time for names, time in us.items()}
         p = plan(num_tokens, *sizes)
         names = [p[s]["name"].split("_bf16_")[1] for s in ("gate_up", "down")]
-        names = [name.replace("_high", "_swap") for name in names]  # under uniform routing
+        names = [
+            re.sub("_(plain|high|wide)$", "_swap", name.replace("_bare", "")) for name in names
+        ]
         together = p["gate_up"]["name"].startswith("moe_experts")
         time = time_of(tuple(names[:1] if together else names), us)
         if time is not None:
@@ -238,10 +244,27 @@ def test_choices_against_what_was_measured():
     assert (np.array(regrets) <= 1.10).mean() >= 0.98
 
 
+@pytest.mark.parametrize(
+    "num_tokens, sizes, options, kernel",
+    [
+        (128, (2048, 768, 128, 8), {}, "32x128_sm90a_plain"),  # no expert has more than one tile
+        (256, (2048, 768, 128, 8), {}, "32x128_sm90a_high"),
+        (256, (2048, 768, 128, 8), {"gated": False}, "32x128_sm90a_swap"),
+        (512, (2048, 512, 256, 8), {}, "32x128_sm90a_wide"),  # more items than SMs
+        (512, (2048, 768, 128, 8), {}, "64x128_sm90a_wide"),
+        (512, (4096, 192, 128, 8), {}, "64x128_sm90a_plain"),  # few items
+    ],
+    ids=str,
+)
+def test_high_tiles_where_they_would_be_many(num_tokens, sizes, options, kernel):
+    p = plan(num_tokens, *sizes, **options)
+    assert p["gate_up"]["name"] == p["down"]["name"] == f"moe_experts_bf16_{kernel}"
+
+
 def test_prefill_runs_on_wgmma():
     """Thousands of rows an expert: the Hopper kernels, one thread block per SM."""
     p = plan(16384, 4096, 1792, 8, 2)
-    assert p["gate_up"]["name"].endswith("sm90a") and p["down"]["name"].endswith("sm90a")
+    assert p["gate_up"]["name"].endswith("sm90a_bare") and p["down"]["name"].endswith("sm90a_bare")
 
 
 @pytest.mark.parametrize(
