@@ -366,7 +366,15 @@ static double gemm_us(const variant *v, const gemm_shape *s, const moe_device_in
     const double padded = (double)(ceil_div(s->weight_rows, v->cols) * v->cols);
     const double us =
         persistent_us(v, s, d) * 0.867 * (1.0 + 0.48 * (padded / (double)s->weight_rows - 1.0));
-    const double unsuited = v->rows == TALL_ROWS && !suits_tall(v, s, d) ? 1.18 : 1.0;
+    /* Weight rows that are no whole sectors of 32 bytes: a piece of one is read with a part of its neighbours', and tiles of
+     * 128 rows read more pieces. Measured where experts have several tiles, and blocks some items each. */
+    const bool sectors = s->depth * s->element_bytes % 32 == 0 || s->rows_per_expert <= TALL_ROWS;
+    const double items = expected_tiles(s, v->rows) * (double)ceil_div(s->weight_rows, v->cols);
+    double unsuited = 1.0;
+    if (v->rows == TALL_ROWS)
+        unsuited = suits_tall(v, s, d) ? 1.0 : 1.18;
+    else if (!sectors && items >= 4.0 * d->num_sms)
+        unsuited = 1.2;
     return unsuited * fmax(us, stream_us(v, s, weight_bytes(s), d) + 0.03 * (v->rows - 32));
 }
 
