@@ -24,7 +24,8 @@ enum {
     ARCH_sm90a_decode = 91,
     ARCH_sm90a_swap = 92,
     ARCH_sm90a_split = 93,
-    ARCH_sm90a_high = 94
+    ARCH_sm90a_high = 94,
+    ARCH_sm90a_joined = 95
 };
 enum {
     STAGE_gate_up = MOE_OP_GATE_UP,
@@ -715,6 +716,32 @@ static bool join_gemms(moe_plan *plan, const moe_device_info *d, const gemm_shap
     return false;
 }
 
+/* The same of tiles of 128 rows, where both have one row's columns. Measured on an H200 (docs/notes/hopper_kernels.md): 1 to 7 %
+ * faster from some 70 us on; below, what the change from gate_up to down takes is more than a launch. */
+static void join_tiles(moe_plan *plan, const moe_device_info *d, const gemm_shape *gate_up,
+                       const gemm_shape *down)
+{
+    const double least_us = 60.0;
+    const moe_problem *p = &plan->problem;
+    const variant *up = &VARIANTS[plan->gate_up.variant], *low = &VARIANTS[plan->down.variant];
+    const bool free = !d->apart && !d->tile_rows && d->gate_up_row <= 0 && d->down_row <= 0;
+    const bool wanted = free && plan->gate_up.us + plan->down.us >= least_us;
+    if (!is_layer(p) || plan->decode || plan->one_launch || plan->adds ||
+        !(wanted || d->high == MOE_PLAN_JOINED) || up->arch != ARCH_sm90a ||
+        low->arch != ARCH_sm90a || up->rows != low->rows || up->cols != low->cols)
+        return;
+    for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
+        const variant *v = &VARIANTS[i];
+        if (v->arch != ARCH_sm90a_joined || v->rows != up->rows || v->cols != up->cols ||
+            !usable(v, STAGE_experts, p, d))
+            continue;
+        fill_gemm(&plan->gate_up, i, gate_up, d, plan->gate_up.us);
+        fill_gemm(&plan->down, i, down, d, plan->down.us);
+        plan->down.weight_fourths = 1;
+        plan->one_launch = 1;
+    }
+}
+
 /* Tiles of the height that uniform routing asks for are read again and again where few experts have most of the rows. Only
  * align knows: where there are many more of them than of high ones, it makes those, and the launch does them by the loops of
  * prefill behind its own (experts_high_sm90a.cu). */
@@ -954,6 +981,7 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
             join_gemms(plan, device, &gate_up, &down);
         choose_adds(plan, device, &down);
         offer_high(plan, device);
+        join_tiles(plan, device, &gate_up, &down);
     }
     plan->max_tiles = (int32_t)most_tiles(p, slots, plan->tile_rows);
 

@@ -394,6 +394,7 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_PRODUCERS_sm90a_split  4
 #define MOE_GEMM_PRODUCERS_sm90a_decode 2 /* one copies, one writes (gate_up); both copy (down) */
 #define MOE_GEMM_PRODUCERS_sm90a_high   4
+#define MOE_GEMM_PRODUCERS_sm90a_joined 4
 #define MOE_GEMM_PRODUCERS_sm90a_swap   4 /* one feeds the copy engine, two gather */
 #define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)                                                 \
     ((stages) * ((rows) + (cols)) * (k) * 2 + (rows) * 8)
@@ -428,6 +429,8 @@ typedef struct moe_fill_args {
     MOE_GEMM_SMEM_BYTES_sm90a_swap(rows, cols, k, stages)
 #define MOE_GEMM_SMEM_sm90a_high(rows, cols, k, stages)                                            \
     (227 * 1024) /* the ring of the higher tiles */
+#define MOE_GEMM_SMEM_sm90a_joined(rows, cols, k, stages)                                          \
+    MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)
 #define MOE_HIGH_ROWS      128
 #define MOE_HIGH_UP_COLS   192
 #define MOE_HIGH_DOWN_COLS 256
@@ -455,8 +458,10 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_WEIGHT_BOX_sm80(cols)         0
 #define MOE_GEMM_TOKEN_BOX_sm80(rows)          0
 #define MOE_GEMM_WEIGHT_BOX_sm90a(cols)        ((cols) / 2)
+#define MOE_GEMM_WEIGHT_BOX_sm90a_joined(cols) ((cols) / 2)
 #define MOE_GEMM_WEIGHT_BOX_sm90a_split(cols)  ((cols) / 2)
 #define MOE_GEMM_TOKEN_BOX_sm90a(rows)         64
+#define MOE_GEMM_TOKEN_BOX_sm90a_joined(rows)  64
 #define MOE_GEMM_TOKEN_BOX_sm90a_split(rows)   64
 #define MOE_GEMM_WEIGHT_BOX_sm90a_swap(cols)   ((cols) / 2)
 #define MOE_GEMM_TOKEN_BOX_sm90a_swap(rows)    0
@@ -467,6 +472,7 @@ typedef struct moe_fill_args {
 /* What L2 asks memory for where a copy of weights misses it. */
 #define MOE_GEMM_FETCH_sm80         128
 #define MOE_GEMM_FETCH_sm90a        128
+#define MOE_GEMM_FETCH_sm90a_joined 128
 #define MOE_GEMM_FETCH_sm90a_split  128
 #define MOE_GEMM_FETCH_sm90a_swap   256
 #define MOE_GEMM_FETCH_sm90a_high   256
