@@ -116,7 +116,13 @@ FEATURES = {
     "`fused_moe`: the same after routing": {"routed": True},
     "a GPU that is not Hopper": None,
 }
-FAMILIES = {"_decode": "decode", "_swap": "middle", "_sm90a": "prefill", "_any": "portable, any"}
+FAMILIES = {
+    "_decode": "decode",
+    "_swap": "middle",
+    "_sm90a": "prefill",
+    "_joined": "prefill",
+    "_any": "portable, any",
+}
 
 
 def plan_features():

@@ -27,7 +27,8 @@ enum {
     ARCH_sm90a_high = 94,
     ARCH_sm90a_wide = 95,
     ARCH_sm90a_plain = 96,
-    ARCH_sm90a_bare = 97
+    ARCH_sm90a_bare = 97,
+    ARCH_sm90a_joined = 98
 };
 enum {
     STAGE_gate_up = MOE_OP_GATE_UP,
@@ -369,7 +370,15 @@ static double gemm_us(const variant *v, const gemm_shape *s, const moe_device_in
     const double padded = (double)(ceil_div(s->weight_rows, v->cols) * v->cols);
     const double us =
         persistent_us(v, s, d) * 0.867 * (1.0 + 0.48 * (padded / (double)s->weight_rows - 1.0));
-    const double unsuited = v->rows == TALL_ROWS && !suits_tall(v, s, d) ? 1.18 : 1.0;
+    /* Weight rows that are no whole sectors of 32 bytes: a piece of one is read with a part of its neighbours', and tiles of
+     * 128 rows read more pieces. Measured where experts have several tiles, and blocks some items each. */
+    const bool sectors = s->depth * s->element_bytes % 32 == 0 || s->rows_per_expert <= TALL_ROWS;
+    const double items = expected_tiles(s, v->rows) * (double)ceil_div(s->weight_rows, v->cols);
+    double unsuited = 1.0;
+    if (v->rows == TALL_ROWS)
+        unsuited = suits_tall(v, s, d) ? 1.0 : 1.18;
+    else if (!sectors && items >= 4.0 * d->num_sms)
+        unsuited = 1.2;
     return unsuited * fmax(us, stream_us(v, s, weight_bytes(s), d) + 0.03 * (v->rows - 32));
 }
 
@@ -730,6 +739,36 @@ static bool join_gemms(moe_plan *plan, const moe_device_info *d, const gemm_shap
     return false;
 }
 
+/* The same of tiles of 128 rows. Measured on an H200 (docs/notes/hopper_kernels.md): 1 to 11 % faster where gate_up has tiles of
+ * 256 columns, some for each SM, and both take some 70 us and more; with less, the change from gate_up to down takes more
+ * than a launch. */
+static void join_tiles(moe_plan *plan, const moe_device_info *d, const gemm_shape *gate_up,
+                       const gemm_shape *down)
+{
+    const double least_us = 60.0, least_items = 2.2; /* of gate_up, of an SM */
+    const moe_problem *p = &plan->problem;
+    const variant *up = &VARIANTS[plan->gate_up.variant], *low = &VARIANTS[plan->down.variant];
+    const bool free = !d->apart && !d->tile_rows && d->gate_up_row <= 0 && d->down_row <= 0;
+    const double items =
+        expected_tiles(gate_up, up->rows) * (double)ceil_div(gate_up->weight_rows, up->cols);
+    const bool wanted =
+        free && plan->gate_up.us + plan->down.us >= least_us && items >= least_items * d->num_sms;
+    if (!is_layer(p) || plan->decode || plan->one_launch || plan->adds ||
+        !(wanted || d->high == MOE_PLAN_JOINED) || up->arch != ARCH_sm90a ||
+        low->arch != ARCH_sm90a || up->rows != low->rows)
+        return;
+    for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
+        const variant *v = &VARIANTS[i];
+        if (v->arch != ARCH_sm90a_joined || v->rows != up->rows || v->cols != up->cols ||
+            !usable(v, STAGE_experts, p, d))
+            continue;
+        fill_gemm(&plan->gate_up, i, gate_up, d, plan->gate_up.us);
+        fill_gemm(&plan->down, i, down, d, plan->down.us);
+        plan->down.weight_fourths = 1;
+        plan->one_launch = 1;
+    }
+}
+
 /* Tiles of the height that uniform routing asks for are read again and again where few experts have most of the rows. Only
  * align knows: where there are many more of them than of high ones, it makes those, and the launch does them by the loops of
  * prefill behind its own (experts_high_sm90a.cu). */
@@ -987,6 +1026,7 @@ int moe_make_plan(const moe_problem *problem, const moe_device_info *device, moe
             join_gemms(plan, device, &gate_up, &down);
         choose_adds(plan, device, &down);
         offer_high(plan, device);
+        join_tiles(plan, device, &gate_up, &down);
         plan->gate_up.variant = plain_row(plan->gate_up.variant, p, device);
         plan->down.variant = plain_row(plan->down.variant, p, device);
     }

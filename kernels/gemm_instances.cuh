@@ -39,6 +39,9 @@
 #ifndef MOE_KERNEL_sm90a_wide_experts
 #define MOE_KERNEL_sm90a_wide_experts(...)
 #endif
+#ifndef MOE_KERNEL_sm90a_joined_experts
+#define MOE_KERNEL_sm90a_joined_experts(...)
+#endif
 #ifndef MOE_KERNEL_sm90a_split_gate_up
 #define MOE_KERNEL_sm90a_split_gate_up(...)
 #endif

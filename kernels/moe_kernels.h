@@ -400,6 +400,7 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_PRODUCERS_sm90a_decode 2 /* one copies, one writes (gate_up); both copy (down) */
 #define MOE_GEMM_PRODUCERS_sm90a_high   4
 #define MOE_GEMM_PRODUCERS_sm90a_wide   4
+#define MOE_GEMM_PRODUCERS_sm90a_joined 4
 #define MOE_GEMM_PRODUCERS_sm90a_swap   4 /* one feeds the copy engine, two gather */
 #define MOE_GEMM_PRODUCERS_sm90a_plain  4
 #define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)                                                 \
@@ -442,6 +443,8 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_SMEM_sm90a_wide(rows, cols, k, stages) MOE_HIGH_SMEM_BYTES
 #define MOE_HIGH_ROWS                                   128
 #define MOE_HIGH_DOWN_COLS                              256
+#define MOE_GEMM_SMEM_sm90a_joined(rows, cols, k, stages)                                          \
+    MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)
 #define MOE_GEMM_SMEM_sm90a_decode(rows, cols, k, stages)                                          \
     (227 * 1024) /* at most; the plan adds it up */
 #define MOE_GEMM_GRID(max_tiles, weight_rows, cols)                                                \
@@ -468,8 +471,10 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_WEIGHT_BOX_sm90a(cols)        ((cols) / 2)
 #define MOE_GEMM_WEIGHT_BOX_sm90a_bare(cols)   ((cols) / 2)
 #define MOE_GEMM_TOKEN_BOX_sm90a_bare(rows)    64
+#define MOE_GEMM_WEIGHT_BOX_sm90a_joined(cols) ((cols) / 2)
 #define MOE_GEMM_WEIGHT_BOX_sm90a_split(cols)  ((cols) / 2)
 #define MOE_GEMM_TOKEN_BOX_sm90a(rows)         64
+#define MOE_GEMM_TOKEN_BOX_sm90a_joined(rows)  64
 #define MOE_GEMM_TOKEN_BOX_sm90a_split(rows)   64
 #define MOE_GEMM_WEIGHT_BOX_sm90a_swap(cols)   ((cols) / 2)
 #define MOE_GEMM_TOKEN_BOX_sm90a_swap(rows)    0
@@ -485,6 +490,7 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_FETCH_sm80         128
 #define MOE_GEMM_FETCH_sm90a        128
 #define MOE_GEMM_FETCH_sm90a_bare   128
+#define MOE_GEMM_FETCH_sm90a_joined 128
 #define MOE_GEMM_FETCH_sm90a_split  128
 #define MOE_GEMM_FETCH_sm90a_swap   256
 #define MOE_GEMM_FETCH_sm90a_plain  256

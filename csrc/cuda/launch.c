@@ -59,6 +59,7 @@ enum {
 #define PARAMS_sm90a_plain_experts  moe_experts_args
 #define PARAMS_sm90a_high_experts   moe_experts_args
 #define PARAMS_sm90a_wide_experts   moe_experts_args
+#define PARAMS_sm90a_joined_experts moe_experts_args
 #define PARAMS_sm90a_split_gate_up  moe_gate_up_args
 #define PARAMS_sm90a_split_down     moe_down_args
 #define PARAMS_sm90a_decode_gate_up moe_gate_up_decode_args
@@ -70,6 +71,7 @@ enum {
 #define ARCH_sm90a_plain            90
 #define ARCH_sm90a_high             90
 #define ARCH_sm90a_wide             90
+#define ARCH_sm90a_joined           90
 #define ARCH_sm90a_split            90
 #define ARCH_sm90a_decode           90
 #define MAPS_sm80_gate_up           0 /* tensor maps: of the weights, then of the token rows */
@@ -85,6 +87,7 @@ enum {
 #define MAPS_sm90a_plain_experts    2
 #define MAPS_sm90a_high_experts     5 /* the same, and of w13, w2, intermediate for high tiles */
 #define MAPS_sm90a_wide_experts     5
+#define MAPS_sm90a_joined_experts   3 /* of w13, of w2, of the intermediate */
 #define MAPS_sm90a_split_gate_up    1
 #define MAPS_sm90a_split_down       2
 #define MAPS_sm90a_decode_gate_up   2 /* of the weights: a stage, and what is left of K */
@@ -96,6 +99,7 @@ enum {
 #define FILE_sm90a_plain(stage)     stage "_swap_sm90a"
 #define FILE_sm90a_high(stage)      stage "_high_sm90a"
 #define FILE_sm90a_wide(stage)      stage "_high_sm90a"
+#define FILE_sm90a_joined(stage)    stage "_joined_sm90a"
 #define FILE_sm90a_split(stage)     stage "_split_sm90a"
 #define FILE_sm90a_decode(stage)    stage "_decode_sm90a"
 
@@ -449,6 +453,10 @@ int moe_cuda_experts(const moe_plan *plan, const moe_experts_args *args, int dev
                               w2_key(&a.down, plan->down.weight_box)};
     keys[0].fetch_bytes = (uint16_t)plan->gate_up.fetch_bytes;
     keys[1].fetch_bytes = (uint16_t)plan->down.fetch_bytes;
+    if (plan->down.weight_fourths) {
+        keys[1] = w2_fourths_key(&a.down, plan->down.weight_box);
+        keys[2] = rows_key(&a.down, plan->down.token_box);
+    }
     if (plan->high_rows) {
         keys[2] = w13_key(&a.gate_up, MOE_GEMM_WEIGHT_BOX_sm90a(plan->high_cols));
         keys[3] = w2_fourths_key(&a.down, MOE_GEMM_WEIGHT_BOX_sm90a(MOE_HIGH_DOWN_COLS));

@@ -1,0 +1,85 @@
+"""gate_up and down of tiles of 128 rows in one launch against one launch each, on a GPU: the same
+bits, whoever waits for whom."""
+
+import fusedmoe
+import pytest
+from fusedmoe import _C, fused_experts
+from support import BF16, F16, F32, make_layer, put_layer, run_layer, same_bits, workspace_bytes
+
+pytestmark = pytest.mark.gpu
+
+ROUTINGS = ["uniform", "same", "half", "dropped", "none", "duplicates"]
+JOINED = -2  # MOE_PLAN_JOINED
+SIZES = [
+    # num_tokens, hidden_size, intermediate_size, num_experts, topk
+    (300, 512, 384, 8, 2),
+    (900, 1024, 320, 4, 3),  # blocks take several items of both
+    (400, 136, 192, 3, 2),  # tiles of one expert, K that ends inside a step
+    (64, 256, 2048, 4, 2),  # few tiles: down waits for gate_up
+    (1, 8, 8, 2, 2),
+]
+
+
+@pytest.fixture(autouse=True)
+def as_planned():
+    yield
+    _C._restrict_plans(False, 0)
+    _C._fix_plans(-1, -1)
+
+
+def two_launches(gpu, layer):
+    kernels = fusedmoe.info()["kernels"]
+    dtype = {BF16: "bf16", F16: "f16"}[layer.hidden_states.dtype]
+    rows = [f"moe_{stage}_{dtype}_128x256_sm90a" for stage in ("gate_up", "down")]
+    _C._fix_plans(*(kernels.index(name) for name in rows))
+    assert planned(layer) == rows
+    want = run_layer(gpu, layer)
+    _C._restrict_plans(False, 0, False, JOINED)
+    assert planned(layer) == [f"moe_experts_{dtype}_128x256_sm90a_joined"] * 2
+    return want
+
+
+def planned(layer):
+    dtype = layer.hidden_states.dtype.name
+    plan = fusedmoe.plan(*layer.sizes, dtype=dtype, device="cuda", deterministic=True)
+    return [plan[stage]["name"] for stage in ("gate_up", "down")]
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_same_bits_as_two(gpu, seed, sizes, routing):
+    layer = make_layer(seed, *sizes, routing=routing)
+    want = two_launches(gpu, layer)
+    for fill in (0, 0xFF, 1, 0x7F):
+        assert same_bits(run_layer(gpu, layer, fill=fill), want)
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_biases_and_weights_on_input(gpu, seed, dtype):
+    more = {"w13_bias": F32, "w2_bias": F32, "apply_router_weight_on_input": True}
+    layer = make_layer(seed, 150, 264, 136, 5, 2, dtype, **more)
+    want = two_launches(gpu, layer)
+    assert same_bits(run_layer(gpu, layer), want)
+
+
+def test_two_streams(gpu, seed):
+    """Each has some of the SMs; neither waits for a thread block that has no room."""
+    torch = gpu.torch
+    layer = make_layer(seed, 900, 512, 384, 8, 2)
+    want = two_launches(gpu, layer)
+    tensors, options = put_layer(gpu, layer)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    outs = [[gpu.empty(layer.out_shape, BF16) for _ in range(8)] for _ in streams]
+    scratch = [
+        torch.full((workspace_bytes(gpu, layer) + 256,), 0xFF, dtype=torch.uint8, device=gpu.device)
+        for _ in streams
+    ]
+    torch.cuda.synchronize()
+    for i in range(8):
+        for stream, own, workspace in zip(streams, outs, scratch, strict=True):
+            fused_experts(
+                **tensors, **options, out=own[i], workspace=workspace, stream=stream.cuda_stream
+            )
+    torch.cuda.synchronize()
+    assert all(same_bits(gpu.get(out), want) for own in outs for out in own)
