@@ -155,9 +155,11 @@ __device__ __forceinline__ uint32_t cluster_blocks()
 }
 
 // barrier.cluster.arrive.release, .wait.acquire, "barrier.cluster": all threads of the cluster that have not ended; what they
-// wrote before, shared memory of other blocks included, is visible behind it. By turns.
+// wrote before, shared memory of other blocks included, is visible behind it. By turns; a warp's lanes together, as for
+// named_barrier_sync.
 __device__ __forceinline__ void cluster_arrive()
 {
+    __syncwarp();
     asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 }
 __device__ __forceinline__ void cluster_wait()
