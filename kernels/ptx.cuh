@@ -89,8 +89,8 @@ __device__ __forceinline__ float exp2_approx(float x)
     return y;
 }
 
-// barrier.sync, "barrier": named barrier `id` (1 .. 15) of `threads` threads, whole warps. Their lanes come together first: a
-// warp that comes in parts, as it leaves a wait for an mbarrier, has been seen to open the barrier before all were there.
+// barrier.sync, "barrier": named barrier `id` (1 .. 15) of `threads` threads, whole warps. Their lanes come together first:
+// behind waits for an mbarrier, which lanes leave one by one, two barriers in a row without that let a warp read too early.
 __device__ __forceinline__ void named_barrier_sync(uint32_t id, uint32_t threads)
 {
     __syncwarp();
