@@ -51,7 +51,9 @@ def assert_flat(call, objects, calls=CALLS):
     for _ in range(calls):
         call()
     gc.collect()
-    assert [sys.getrefcount(x) for x in objects] == counts
+    # some are everybody's (a bool, a small int), and others take and drop references meanwhile
+    grown = [sys.getrefcount(x) - before for x, before in zip(objects, counts, strict=True)]
+    assert all(abs(n) < calls // 20 for n in grown), grown
     grown = sys.getallocatedblocks() - blocks
     assert grown < calls // 20, f"{grown} blocks more after {calls} calls"
     grown = malloc_bytes() - bytes_
