@@ -748,22 +748,25 @@ static int32_t only_experts(const moe_device_info *d)
                                                                                              : -1;
 }
 
-/* The same of tiles of prefill. Measured on an H200 (docs/notes/hopper_kernels.md): 1 to 11 % faster where gate_up has tiles of
- * 256 columns, some for each SM, and both take some 70 us and more; with less, the change from gate_up to down takes more
- * than a launch. */
+/* The same of tiles of prefill. Measured on an H200 (docs/notes/hopper_kernels.md): 1 to 11 % faster where gate_up has some
+ * items for each SM and down one, and both take some 70 us and more; with less, the change from gate_up to down takes more
+ * than a launch. Tiles of three math warpgroups also need items of gate_up that take longer than looking up the next. */
 static void join_tiles(moe_plan *plan, const moe_device_info *d, const gemm_shape *gate_up,
                        const gemm_shape *down)
 {
-    const double least_us = 60.0, least_items = 2.2; /* of gate_up, of an SM */
+    const double least_us = 60.0, least_items = 2.2, least_down_items = 1.0; /* of an SM */
+    const int64_t least_tall_steps = 16;
     const moe_problem *p = &plan->problem;
     const variant *up = &VARIANTS[plan->gate_up.variant], *low = &VARIANTS[plan->down.variant];
     const int32_t only = only_experts(d);
     const bool free = !d->apart && !d->tile_rows && d->gate_up_row <= 0 && d->down_row <= 0;
-    const double items =
-        expected_tiles(gate_up, up->rows) * (double)ceil_div(gate_up->weight_rows, up->cols);
-    const bool wanted = free && up->arch == ARCH_sm90a && low->arch == ARCH_sm90a &&
-                        plan->gate_up.us + plan->down.us >= least_us &&
-                        items >= least_items * d->num_sms;
+    const double tiles = expected_tiles(gate_up, up->rows);
+    const bool wanted =
+        free && up->arch == ARCH_sm90a && low->arch == ARCH_sm90a &&
+        plan->gate_up.us + plan->down.us >= least_us &&
+        tiles * (double)ceil_div(gate_up->weight_rows, up->cols) >= least_items * d->num_sms &&
+        tiles * (double)ceil_div(down->weight_rows, low->cols) >= least_down_items * d->num_sms &&
+        (up->rows != TALL_ROWS || ceil_div(gate_up->depth, up->k) >= least_tall_steps);
     if (!is_layer(p) || plan->decode || plan->one_launch || plan->adds || !(wanted || only >= 0))
         return;
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) { /* bare rows stand behind the others */
