@@ -119,7 +119,11 @@ FEATURES = {
 FAMILIES = {
     "_decode": "decode",
     "_swap": "middle",
+    "_plain": "middle",
+    "_high": "middle",
+    "_wide": "middle",
     "_sm90a": "prefill",
+    "_bare": "prefill",
     "_joined": "prefill",
     "_any": "portable, any",
 }

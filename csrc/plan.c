@@ -28,7 +28,8 @@ enum {
     ARCH_sm90a_wide = 95,
     ARCH_sm90a_plain = 96,
     ARCH_sm90a_bare = 97,
-    ARCH_sm90a_joined = 98
+    ARCH_sm90a_joined = 98,
+    ARCH_sm90a_joined_bare = 99
 };
 enum {
     STAGE_gate_up = MOE_OP_GATE_UP,
@@ -429,7 +430,7 @@ static bool allowed(int32_t row, int32_t stage, const moe_problem *p, const moe_
 {
     const variant *v = &VARIANTS[row];
     const int32_t only = stage == MOE_OP_GATE_UP ? d->gate_up_row : d->down_row;
-    if (only > 0) return only == row + 1;
+    if (only > 0 && VARIANTS[only - 1].stage != STAGE_experts) return only == row + 1;
     const int32_t fewest_rows = d->tile_rows ? 32 : 64;
     return !(d->hopper && p->vector_bytes >= 16 && v->arch == ARCH_sm80 && v->rows >= fewest_rows);
 }
@@ -739,32 +740,48 @@ static bool join_gemms(moe_plan *plan, const moe_device_info *d, const gemm_shap
     return false;
 }
 
-/* The same of tiles of 128 rows. Measured on an H200 (docs/notes/hopper_kernels.md): 1 to 11 % faster where gate_up has tiles of
- * 256 columns, some for each SM, and both take some 70 us and more; with less, the change from gate_up to down takes more
- * than a launch. */
+/* The row of both stages that tests hold plans to, or -1. */
+static int32_t only_experts(const moe_device_info *d)
+{
+    const int32_t row = d->gate_up_row - 1;
+    return row >= 0 && d->down_row == d->gate_up_row && VARIANTS[row].stage == STAGE_experts ? row
+                                                                                             : -1;
+}
+
+/* The same of tiles of prefill. Measured on an H200 (docs/notes/hopper_kernels.md): 1 to 11 % faster where gate_up has some
+ * items for each SM and down one, and both take some 70 us and more; with less, the change from gate_up to down takes more
+ * than a launch. Tiles of three math warpgroups also need items of gate_up that take longer than looking up the next. */
 static void join_tiles(moe_plan *plan, const moe_device_info *d, const gemm_shape *gate_up,
                        const gemm_shape *down)
 {
-    const double least_us = 60.0, least_items = 2.2; /* of gate_up, of an SM */
+    const double least_us = 60.0, least_items = 2.2, least_down_items = 1.0; /* of an SM */
+    const int64_t least_tall_steps = 16;
     const moe_problem *p = &plan->problem;
     const variant *up = &VARIANTS[plan->gate_up.variant], *low = &VARIANTS[plan->down.variant];
+    const int32_t only = only_experts(d);
     const bool free = !d->apart && !d->tile_rows && d->gate_up_row <= 0 && d->down_row <= 0;
-    const double items =
-        expected_tiles(gate_up, up->rows) * (double)ceil_div(gate_up->weight_rows, up->cols);
+    const double tiles = expected_tiles(gate_up, up->rows);
     const bool wanted =
-        free && plan->gate_up.us + plan->down.us >= least_us && items >= least_items * d->num_sms;
-    if (!is_layer(p) || plan->decode || plan->one_launch || plan->adds ||
-        !(wanted || d->high == MOE_PLAN_JOINED) || up->arch != ARCH_sm90a ||
-        low->arch != ARCH_sm90a || up->rows != low->rows)
+        free && up->arch == ARCH_sm90a && low->arch == ARCH_sm90a &&
+        plan->gate_up.us + plan->down.us >= least_us &&
+        tiles * (double)ceil_div(gate_up->weight_rows, up->cols) >= least_items * d->num_sms &&
+        tiles * (double)ceil_div(down->weight_rows, low->cols) >= least_down_items * d->num_sms &&
+        (up->rows != TALL_ROWS || ceil_div(gate_up->depth, up->k) >= least_tall_steps);
+    if (!is_layer(p) || plan->decode || plan->one_launch || plan->adds || !(wanted || only >= 0))
         return;
-    for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
+    for (int32_t i = 0; i < NUM_VARIANTS; ++i) { /* bare rows stand behind the others */
         const variant *v = &VARIANTS[i];
-        if (v->arch != ARCH_sm90a_joined || v->rows != up->rows || v->cols != up->cols ||
-            !usable(v, STAGE_experts, p, d))
+        const bool fits = only >= 0 ? i == only : v->rows == up->rows && v->cols == up->cols;
+        if (!fits || !usable(v, STAGE_experts, p, d) ||
+            !(v->arch == ARCH_sm90a_joined || (v->arch == ARCH_sm90a_joined_bare && p->plain)))
             continue;
         fill_gemm(&plan->gate_up, i, gate_up, d, plan->gate_up.us);
         fill_gemm(&plan->down, i, down, d, plan->down.us);
+        plan->down.tile_cols = MOE_JOINED_DOWN_COLS(v->rows, v->cols);
+        plan->down.grid_cols = (int32_t)ceil_div(down->weight_rows, plan->down.tile_cols);
+        plan->down.weight_box = MOE_GEMM_WEIGHT_BOX_sm90a(plan->down.tile_cols);
         plan->down.weight_fourths = 1;
+        plan->tile_rows = v->rows;
         plan->one_launch = 1;
     }
 }

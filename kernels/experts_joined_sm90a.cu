@@ -8,7 +8,10 @@
 #include "gate_up_tiles.cuh"
 #include "gemm_joined.cuh"
 
-#define MOE_KERNEL_sm90a_joined_experts(name, type, rows, cols, k, stages, wm, wn, wk, align)      \
+template <class T>
+using any_down = down_problem<T, moe_down_args>;
+
+#define MOE_KERNEL_joined(up_problem, low_problem, name, type, rows, cols, k, stages, wm, wn, wk)  \
     extern "C" __global__ void __launch_bounds__(                                                  \
         MOE_GEMM_THREADS(wm, wn, wk) + 32 * MOE_GEMM_PRODUCERS_sm90a_joined, 1)                    \
         name(const __grid_constant__ moe_experts_args args,                                        \
@@ -16,12 +19,16 @@
              const __grid_constant__ tensor_map tokens)                                            \
     {                                                                                              \
         using up = gemm_wgmma<type, true, rows, cols, k, stages>;                                  \
-        using low = gemm_wgmma<type, false, rows, cols, k, stages>;                                \
+        using low = gemm_wgmma<type, false, rows, MOE_JOINED_DOWN_COLS(rows, cols), k,             \
+                               MOE_JOINED_DOWN_STAGES>;                                            \
         prefetch_maps(w13, w2, tokens);                                                            \
-        run_joined<up, low>(                                                                       \
-            gate_up_problem<type>{                                                                 \
-                {args.gate_up, &w13, gate_up_cols(args.gate_up), args.gate_up.hidden_size}},       \
-            down_problem<type, moe_down_args>{args.down, &w2, &tokens, args.down.hidden_size,      \
+        run_joined<up, low>(up_problem<type>{{args.gate_up, &w13, gate_up_cols(args.gate_up),      \
+                                              args.gate_up.hidden_size}},                          \
+                            low_problem<type>{args.down, &w2, &tokens, args.down.hidden_size,      \
                                               args.down.intermediate_size, 0, 1.0f});              \
     }
+#define MOE_KERNEL_sm90a_joined_experts(name, type, rows, cols, k, stages, wm, wn, wk, align)      \
+    MOE_KERNEL_joined(gate_up_problem, any_down, name, type, rows, cols, k, stages, wm, wn, wk)
+#define MOE_KERNEL_sm90a_joined_bare_experts(name, type, rows, cols, k, stages, wm, wn, wk, align) \
+    MOE_KERNEL_joined(plain_gate_up, plain_down, name, type, rows, cols, k, stages, wm, wn, wk)
 #include "gemm_instances.cuh"

@@ -56,7 +56,8 @@ struct gate_up_problem : gate_up_operands<T> {
                                               const float (&weight)[2]) const
     {
         constexpr int kBlocks = Gemm::kOutCols / 8, kHalfBlocks = Gemm::kCols / 16,
-                      kHalf = Gemm::kSums / 2, kAtOnce = Gemm::kSums > 96 ? 1 : 2;
+                      kHalf = Gemm::kSums / 2,
+                      kAtOnce = Gemm::kSums > 96 || Gemm::kGroups == 3 ? 1 : 2;
         bool gated = args.gated;
 #pragma unroll 1
         for (int part = 0; part < (gated ? 1 : 2); ++part)

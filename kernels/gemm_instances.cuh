@@ -42,6 +42,9 @@
 #ifndef MOE_KERNEL_sm90a_joined_experts
 #define MOE_KERNEL_sm90a_joined_experts(...)
 #endif
+#ifndef MOE_KERNEL_sm90a_joined_bare_experts
+#define MOE_KERNEL_sm90a_joined_bare_experts(...)
+#endif
 #ifndef MOE_KERNEL_sm90a_split_gate_up
 #define MOE_KERNEL_sm90a_split_gate_up(...)
 #endif

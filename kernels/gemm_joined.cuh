@@ -11,7 +11,6 @@
 
 template <class Gemm>
 struct joined_stage : high_stage<Gemm> {
-    static_assert(!Gemm::kFewRegisters, "what a tile is fits registers, where math() goes on");
     using typename high_stage<Gemm>::shared;
     using typename high_stage<Gemm>::list;
     using high_stage<Gemm>::leads;
@@ -25,6 +24,13 @@ struct joined_stage : high_stage<Gemm> {
 
         __device__ __forceinline__ void tell(shared &smem, uint32_t n, const list &list)
         {
+            if constexpr (Gemm::kFewRegisters) {
+                list.tell(smem, n + 1, next, list.load(next));
+                smem.item[0] = next;
+                next = after;
+                after = list.take();
+                return;
+            }
             list.tell(smem, n + 1, next, entry);
             smem.item[0] = next;
             next = after;
@@ -33,12 +39,38 @@ struct joined_stage : high_stage<Gemm> {
         }
     };
 
+    // As gather(), by the loop of few registers: between two items.
+    template <class Problem>
+    static __device__ __forceinline__ void gather_few(shared &smem, const list &list,
+                                                      ahead &numbers, const Problem &problem)
+    {
+        typename Gemm::position at;
+        int32_t slot[Gemm::kHeld];
+        int32_t there = leads() ? Gemm::copy_ahead(smem, Gemm::get_work(smem, 0), problem) : 0;
+        __syncwarp();
+        Gemm::load_own_slots(slot, Gemm::get_work(smem, 0), problem.args);
+        int32_t num_rows = Gemm::get_work(smem, 0).num_rows;
+        for (uint32_t n = 0; num_rows >= 0; ++n) {
+            if (leads()) numbers.tell(smem, n, list);
+            Gemm::put_tokens(smem, n, slot, problem.args);
+            Gemm::producer_sync();
+            Gemm::load_own_slots(slot, Gemm::get_work(smem, n + 1), problem.args);
+            Gemm::copy_tile(smem, at, n, there, problem);
+            there = 0;
+            num_rows = Gemm::get_work(smem, n + 1).num_rows;
+        }
+    }
+
     // All copies, of gathered rows; the first item is known to all.
     template <class Problem>
     static __device__ __forceinline__ void gather(shared &smem, const list &list, ahead &numbers,
                                                   const Problem &problem)
     {
         typename Gemm::position at;
+        if constexpr (Gemm::kFewRegisters) {
+            gather_few(smem, list, numbers, problem);
+            return;
+        }
         typename Gemm::work work = Gemm::get_work(smem, 0);
         int32_t slot[Gemm::kHeld];
         int32_t there = leads() ? Gemm::copy_ahead(smem, work, problem) : 0;
@@ -66,8 +98,12 @@ struct joined_stage : high_stage<Gemm> {
             numbers.tell(smem, n, list);
             ready(tile_of(smem, n));
             int32_t none[Gemm::kHeld];
-            const auto work = Gemm::get_work(smem, n);
-            Gemm::copy_tile(smem, at, work, none, work, there, problem);
+            if constexpr (Gemm::kFewRegisters) {
+                Gemm::copy_tile(smem, at, n, there, problem);
+            } else {
+                const auto work = Gemm::get_work(smem, n);
+                Gemm::copy_tile(smem, at, work, none, work, there, problem);
+            }
             there = 0;
             num_rows = Gemm::get_work(smem, n + 1).num_rows;
         }
@@ -94,10 +130,13 @@ struct joined_stage : high_stage<Gemm> {
                 },
                 [&] { rows.after_last(smem, n, args); });
             if (static_cast<int32_t>(threadIdx.x / 128 * 64) < Gemm::get_work(smem, n).num_rows) {
-                const uint32_t last = (at.stage + Gemm::kStages - 1) % Gemm::kStages;
-                rows.get(smem, n, args);
+                uint32_t last = (at.stage + Gemm::kStages - 1) % Gemm::kStages;
+                Gemm::keep(smem, at, last, n);
+                rows.get(smem, Gemm::kFewRegisters ? Gemm::load_kept(smem).w : n, args);
                 problem.template write<Gemm>(typename Gemm::results{smem, n, last}, sums,
                                              rows.weight);
+                Gemm::take_back(smem, at, last, n);
+                if constexpr (Gemm::kOutInRing) release_stage(smem.read[last]);
             } else {
                 if (n > 0) done(tile_of(smem, n - 1));
                 rows.pass(smem, n, args);
@@ -116,6 +155,10 @@ static __device__ __forceinline__ void run_joined(const UpProblem &up, const Low
     using up_stage = joined_stage<Up>;
     using low_stage = joined_stage<Low>;
     constexpr int32_t kSignals = Up::kMathThreads / 32; // of an item of gate_up
+    // Three math warpgroups: gate_up's copies hold the addresses of 192 rows and the next items, down's nothing.
+    constexpr bool kMove = Up::kGroups == 3 && !Up::kFewRegisters;
+    constexpr int32_t kMathRegisters = kMove ? 144 : Up::kMathRegisters,
+                      kCopyRegisters = kMove ? 80 : Up::kCopyRegisters;
     auto &up_memory = *reinterpret_cast<typename Up::shared *>(dynamic_shared);
     auto &low_memory = *reinterpret_cast<typename Low::shared *>(dynamic_shared);
     const bool leads = up_stage::leads();
@@ -144,7 +187,7 @@ static __device__ __forceinline__ void run_joined(const UpProblem &up, const Low
     }
     Up::start(up_memory);
     if (threadIdx.x < Up::kMathThreads) {
-        set_registers_more<Up::kMathRegisters>();
+        set_registers_more<kMathRegisters>();
         up_stage::math(up_memory, up, [&](uint32_t tile) {
             fence_proxy_async_global(); // the copy engine brings them to down
             __syncwarp();
@@ -154,14 +197,16 @@ static __device__ __forceinline__ void run_joined(const UpProblem &up, const Low
         change();
         Up::stop(up_memory);
         change();
+        if constexpr (kMove) set_registers_more<160>();
         Low::start(low_memory);
         low_stage::math(low_memory, low, [](uint32_t) {});
     } else {
-        set_registers_fewer<Up::kCopyRegisters>();
+        set_registers_fewer<kCopyRegisters>();
         up_stage::gather(up_memory, first, numbers, up);
         const uint32_t past = up_memory.item[0]; // the first number that is not gate_up's
         change();
         change(); // the barriers of gate_up are gone
+        if constexpr (kMove) set_registers_fewer<32>();
         typename low_stage::ahead behind = {0, 0, {0, 0, 0, 0}};
         if (leads) {
             const uint32_t now = past - second.first;

@@ -392,17 +392,18 @@ typedef struct moe_fill_args {
  * col_tiles = ceil(weight rows / cols) column tiles for each of max_tiles tiles; blocks past *num_tiles leave at once.
  * Rows of sm90a: at most a block per SM, and MOE_GEMM_PRODUCERS_sm90a warps more.
  * Shared memory: the ring of token and weight rows, then 8 bytes for each row of the tile. */
-#define MOE_GEMM_THREADS(wm, wn, wk)    (32 * (wm) * (wn) * (wk))
-#define MOE_GEMM_PRODUCERS_sm80         0 /* warps beside these that only copy */
-#define MOE_GEMM_PRODUCERS_sm90a        4
-#define MOE_GEMM_PRODUCERS_sm90a_bare   4
-#define MOE_GEMM_PRODUCERS_sm90a_split  4
-#define MOE_GEMM_PRODUCERS_sm90a_decode 2 /* one copies, one writes (gate_up); both copy (down) */
-#define MOE_GEMM_PRODUCERS_sm90a_high   4
-#define MOE_GEMM_PRODUCERS_sm90a_wide   4
-#define MOE_GEMM_PRODUCERS_sm90a_joined 4
-#define MOE_GEMM_PRODUCERS_sm90a_swap   4 /* one feeds the copy engine, two gather */
-#define MOE_GEMM_PRODUCERS_sm90a_plain  4
+#define MOE_GEMM_THREADS(wm, wn, wk)         (32 * (wm) * (wn) * (wk))
+#define MOE_GEMM_PRODUCERS_sm80              0 /* warps beside these that only copy */
+#define MOE_GEMM_PRODUCERS_sm90a             4
+#define MOE_GEMM_PRODUCERS_sm90a_bare        4
+#define MOE_GEMM_PRODUCERS_sm90a_split       4
+#define MOE_GEMM_PRODUCERS_sm90a_decode      2 /* one copies, one writes (gate_up); both copy (down) */
+#define MOE_GEMM_PRODUCERS_sm90a_high        4
+#define MOE_GEMM_PRODUCERS_sm90a_wide        4
+#define MOE_GEMM_PRODUCERS_sm90a_joined      4
+#define MOE_GEMM_PRODUCERS_sm90a_joined_bare 4
+#define MOE_GEMM_PRODUCERS_sm90a_swap        4 /* one feeds the copy engine, two gather */
+#define MOE_GEMM_PRODUCERS_sm90a_plain       4
 #define MOE_GEMM_SMEM_BYTES(rows, cols, k, stages)                                                 \
     ((stages) * ((rows) + (cols)) * (k) * 2 + (rows) * 8)
 /* The ring, half the tile's columns of rounded results (a quarter where no more fits, none of their own where not even
@@ -443,8 +444,12 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_SMEM_sm90a_wide(rows, cols, k, stages) MOE_HIGH_SMEM_BYTES
 #define MOE_HIGH_ROWS                                   128
 #define MOE_HIGH_DOWN_COLS                              256
-#define MOE_GEMM_SMEM_sm90a_joined(rows, cols, k, stages)                                          \
-    MOE_GEMM_SMEM_BYTES_sm90a(rows, cols, k, stages)
+/* Tiles of down behind gate_up's, by the columns of these: all of 256 columns but those of 192 x 192. */
+#define MOE_JOINED_DOWN_COLS(rows, cols)                       ((rows) == 192 && (cols) == 192 ? 192 : 256)
+#define MOE_JOINED_DOWN_STAGES                                 4
+#define MOE_JOINED_SMEM_BYTES                                  (227 * 1024) /* the larger one of both, at most */
+#define MOE_GEMM_SMEM_sm90a_joined(rows, cols, k, stages)      MOE_JOINED_SMEM_BYTES
+#define MOE_GEMM_SMEM_sm90a_joined_bare(rows, cols, k, stages) MOE_JOINED_SMEM_BYTES
 #define MOE_GEMM_SMEM_sm90a_decode(rows, cols, k, stages)                                          \
     (227 * 1024) /* at most; the plan adds it up */
 #define MOE_GEMM_GRID(max_tiles, weight_rows, cols)                                                \
@@ -465,38 +470,41 @@ typedef struct moe_fill_args {
 #define MOE_DECODE_DOWN_SUMS(rows, cols)   (MOE_DECODE_MATH_WARPS * (rows) * ((cols) + 4) * 4)
 /* Tensor maps: 64 columns of K, that is 128 bytes, of so many weight rows of one half (gate, up; other weights have
  * one half) and of so many token rows. */
-#define MOE_MAP_COLS                           64
-#define MOE_GEMM_WEIGHT_BOX_sm80(cols)         0
-#define MOE_GEMM_TOKEN_BOX_sm80(rows)          0
-#define MOE_GEMM_WEIGHT_BOX_sm90a(cols)        ((cols) / 2)
-#define MOE_GEMM_WEIGHT_BOX_sm90a_bare(cols)   ((cols) / 2)
-#define MOE_GEMM_TOKEN_BOX_sm90a_bare(rows)    64
-#define MOE_GEMM_WEIGHT_BOX_sm90a_joined(cols) ((cols) / 2)
-#define MOE_GEMM_WEIGHT_BOX_sm90a_split(cols)  ((cols) / 2)
-#define MOE_GEMM_TOKEN_BOX_sm90a(rows)         64
-#define MOE_GEMM_TOKEN_BOX_sm90a_joined(rows)  64
-#define MOE_GEMM_TOKEN_BOX_sm90a_split(rows)   64
-#define MOE_GEMM_WEIGHT_BOX_sm90a_swap(cols)   ((cols) / 2)
-#define MOE_GEMM_TOKEN_BOX_sm90a_swap(rows)    0
-#define MOE_GEMM_WEIGHT_BOX_sm90a_plain(cols)  ((cols) / 2)
-#define MOE_GEMM_TOKEN_BOX_sm90a_plain(rows)   0
-#define MOE_GEMM_WEIGHT_BOX_sm90a_high(cols)   ((cols) / 2)
-#define MOE_GEMM_TOKEN_BOX_sm90a_high(rows)    0
-#define MOE_GEMM_WEIGHT_BOX_sm90a_wide(cols)   ((cols) / 2)
-#define MOE_GEMM_TOKEN_BOX_sm90a_wide(rows)    0
-#define MOE_GEMM_WEIGHT_BOX_sm90a_decode(cols) (cols)
-#define MOE_GEMM_TOKEN_BOX_sm90a_decode(rows)  0
+#define MOE_MAP_COLS                                64
+#define MOE_GEMM_WEIGHT_BOX_sm80(cols)              0
+#define MOE_GEMM_TOKEN_BOX_sm80(rows)               0
+#define MOE_GEMM_WEIGHT_BOX_sm90a(cols)             ((cols) / 2)
+#define MOE_GEMM_WEIGHT_BOX_sm90a_bare(cols)        ((cols) / 2)
+#define MOE_GEMM_TOKEN_BOX_sm90a_bare(rows)         64
+#define MOE_GEMM_WEIGHT_BOX_sm90a_joined(cols)      ((cols) / 2)
+#define MOE_GEMM_WEIGHT_BOX_sm90a_joined_bare(cols) ((cols) / 2)
+#define MOE_GEMM_WEIGHT_BOX_sm90a_split(cols)       ((cols) / 2)
+#define MOE_GEMM_TOKEN_BOX_sm90a(rows)              64
+#define MOE_GEMM_TOKEN_BOX_sm90a_joined(rows)       64
+#define MOE_GEMM_TOKEN_BOX_sm90a_joined_bare(rows)  64
+#define MOE_GEMM_TOKEN_BOX_sm90a_split(rows)        64
+#define MOE_GEMM_WEIGHT_BOX_sm90a_swap(cols)        ((cols) / 2)
+#define MOE_GEMM_TOKEN_BOX_sm90a_swap(rows)         0
+#define MOE_GEMM_WEIGHT_BOX_sm90a_plain(cols)       ((cols) / 2)
+#define MOE_GEMM_TOKEN_BOX_sm90a_plain(rows)        0
+#define MOE_GEMM_WEIGHT_BOX_sm90a_high(cols)        ((cols) / 2)
+#define MOE_GEMM_TOKEN_BOX_sm90a_high(rows)         0
+#define MOE_GEMM_WEIGHT_BOX_sm90a_wide(cols)        ((cols) / 2)
+#define MOE_GEMM_TOKEN_BOX_sm90a_wide(rows)         0
+#define MOE_GEMM_WEIGHT_BOX_sm90a_decode(cols)      (cols)
+#define MOE_GEMM_TOKEN_BOX_sm90a_decode(rows)       0
 /* What L2 asks memory for where a copy of weights misses it. */
-#define MOE_GEMM_FETCH_sm80         128
-#define MOE_GEMM_FETCH_sm90a        128
-#define MOE_GEMM_FETCH_sm90a_bare   128
-#define MOE_GEMM_FETCH_sm90a_joined 128
-#define MOE_GEMM_FETCH_sm90a_split  128
-#define MOE_GEMM_FETCH_sm90a_swap   256
-#define MOE_GEMM_FETCH_sm90a_plain  256
-#define MOE_GEMM_FETCH_sm90a_high   256
-#define MOE_GEMM_FETCH_sm90a_wide   256
-#define MOE_GEMM_FETCH_sm90a_decode 128
+#define MOE_GEMM_FETCH_sm80              128
+#define MOE_GEMM_FETCH_sm90a             128
+#define MOE_GEMM_FETCH_sm90a_bare        128
+#define MOE_GEMM_FETCH_sm90a_joined      128
+#define MOE_GEMM_FETCH_sm90a_joined_bare 128
+#define MOE_GEMM_FETCH_sm90a_split       128
+#define MOE_GEMM_FETCH_sm90a_swap        256
+#define MOE_GEMM_FETCH_sm90a_plain       256
+#define MOE_GEMM_FETCH_sm90a_high        256
+#define MOE_GEMM_FETCH_sm90a_wide        256
+#define MOE_GEMM_FETCH_sm90a_decode      128
 
 /* align sorts num_slots slots of a block by a matrix of bits in shared memory: a row for each expert, in steps of 4 words
  * of which there is an odd number, so that neighbouring rows start in different banks; a count for each step, in pairs;

@@ -42,7 +42,15 @@ def threads(v):
     """Of a thread block: warps that multiply, and on Hopper those that only copy or write."""
     others = {"sm80": 0, "sm90a": 4, "sm90a_decode": 2, "sm90a_swap": 4, "sm90a_high": 4}
     others |= dict.fromkeys(
-        ("sm90a_split", "sm90a_plain", "sm90a_wide", "sm90a_bare", "sm90a_joined"), 4
+        (
+            "sm90a_split",
+            "sm90a_plain",
+            "sm90a_wide",
+            "sm90a_bare",
+            "sm90a_joined",
+            "sm90a_joined_bare",
+        ),
+        4,
     )
     return 32 * (v["wm"] * v["wn"] * v["wk"] + others[v["arch"]])
 
@@ -268,8 +276,8 @@ def test_high_tiles_where_they_would_be_many(num_tokens, sizes, options, kernel)
 def test_prefill_runs_on_wgmma():
     """Thousands of rows an expert: the Hopper kernels, one thread block per SM."""
     p = plan(16384, 4096, 1792, 8, 2)
-    assert p["gate_up"]["name"].endswith("_sm90a_joined") and p["num_launches"] == 3
-    p = plan(1024, 4096, 1792, 8, 2)
+    assert p["gate_up"]["name"].endswith("_sm90a_joined_bare") and p["num_launches"] == 3
+    p = plan(512, 4096, 1792, 8, 2)
     assert p["gate_up"]["name"].endswith("sm90a_bare") and p["down"]["name"].endswith("sm90a_bare")
 
 

@@ -46,62 +46,66 @@ enum {
     KERNEL_FIRST_VARIANT /* rows of gemm_variants.def follow */
 };
 
-#define PARAMS_sm80_gate_up         moe_gate_up_args
-#define PARAMS_sm80_down            moe_down_args
-#define PARAMS_sm90a_gate_up        moe_gate_up_args
-#define PARAMS_sm90a_bare_gate_up   moe_gate_up_args
-#define PARAMS_sm90a_bare_down      moe_down_args
-#define PARAMS_sm90a_down           moe_down_args
-#define PARAMS_sm90a_down_add       moe_down_add_args
-#define PARAMS_sm90a_swap_gate_up   moe_gate_up_args
-#define PARAMS_sm90a_swap_down      moe_down_args
-#define PARAMS_sm90a_swap_experts   moe_experts_args
-#define PARAMS_sm90a_plain_experts  moe_experts_args
-#define PARAMS_sm90a_high_experts   moe_experts_args
-#define PARAMS_sm90a_wide_experts   moe_experts_args
-#define PARAMS_sm90a_joined_experts moe_experts_args
-#define PARAMS_sm90a_split_gate_up  moe_gate_up_args
-#define PARAMS_sm90a_split_down     moe_down_args
-#define PARAMS_sm90a_decode_gate_up moe_gate_up_decode_args
-#define PARAMS_sm90a_decode_down    moe_down_decode_args
-#define ARCH_sm80                   80
-#define ARCH_sm90a                  90
-#define ARCH_sm90a_bare             90
-#define ARCH_sm90a_swap             90
-#define ARCH_sm90a_plain            90
-#define ARCH_sm90a_high             90
-#define ARCH_sm90a_wide             90
-#define ARCH_sm90a_joined           90
-#define ARCH_sm90a_split            90
-#define ARCH_sm90a_decode           90
-#define MAPS_sm80_gate_up           0 /* tensor maps: of the weights, then of the token rows */
-#define MAPS_sm80_down              0
-#define MAPS_sm90a_gate_up          1
-#define MAPS_sm90a_bare_gate_up     1
-#define MAPS_sm90a_bare_down        2
-#define MAPS_sm90a_down             2
-#define MAPS_sm90a_down_add         2
-#define MAPS_sm90a_swap_gate_up     1
-#define MAPS_sm90a_swap_down        1
-#define MAPS_sm90a_swap_experts     2 /* of w13, of w2 */
-#define MAPS_sm90a_plain_experts    2
-#define MAPS_sm90a_high_experts     5 /* the same, and of w13, w2, intermediate for high tiles */
-#define MAPS_sm90a_wide_experts     5
-#define MAPS_sm90a_joined_experts   3 /* of w13, of w2, of the intermediate */
-#define MAPS_sm90a_split_gate_up    1
-#define MAPS_sm90a_split_down       2
-#define MAPS_sm90a_decode_gate_up   2 /* of the weights: a stage, and what is left of K */
-#define MAPS_sm90a_decode_down      2
-#define FILE_sm80(stage)            stage /* the .cu file that instantiates the row */
-#define FILE_sm90a(stage)           stage "_sm90a"
-#define FILE_sm90a_bare(stage)      stage "_sm90a"
-#define FILE_sm90a_swap(stage)      stage "_swap_sm90a"
-#define FILE_sm90a_plain(stage)     stage "_swap_sm90a"
-#define FILE_sm90a_high(stage)      stage "_high_sm90a"
-#define FILE_sm90a_wide(stage)      stage "_high_sm90a"
-#define FILE_sm90a_joined(stage)    stage "_joined_sm90a"
-#define FILE_sm90a_split(stage)     stage "_split_sm90a"
-#define FILE_sm90a_decode(stage)    stage "_decode_sm90a"
+#define PARAMS_sm80_gate_up              moe_gate_up_args
+#define PARAMS_sm80_down                 moe_down_args
+#define PARAMS_sm90a_gate_up             moe_gate_up_args
+#define PARAMS_sm90a_bare_gate_up        moe_gate_up_args
+#define PARAMS_sm90a_bare_down           moe_down_args
+#define PARAMS_sm90a_down                moe_down_args
+#define PARAMS_sm90a_down_add            moe_down_add_args
+#define PARAMS_sm90a_swap_gate_up        moe_gate_up_args
+#define PARAMS_sm90a_swap_down           moe_down_args
+#define PARAMS_sm90a_swap_experts        moe_experts_args
+#define PARAMS_sm90a_plain_experts       moe_experts_args
+#define PARAMS_sm90a_high_experts        moe_experts_args
+#define PARAMS_sm90a_wide_experts        moe_experts_args
+#define PARAMS_sm90a_joined_experts      moe_experts_args
+#define PARAMS_sm90a_joined_bare_experts moe_experts_args
+#define PARAMS_sm90a_split_gate_up       moe_gate_up_args
+#define PARAMS_sm90a_split_down          moe_down_args
+#define PARAMS_sm90a_decode_gate_up      moe_gate_up_decode_args
+#define PARAMS_sm90a_decode_down         moe_down_decode_args
+#define ARCH_sm80                        80
+#define ARCH_sm90a                       90
+#define ARCH_sm90a_bare                  90
+#define ARCH_sm90a_swap                  90
+#define ARCH_sm90a_plain                 90
+#define ARCH_sm90a_high                  90
+#define ARCH_sm90a_wide                  90
+#define ARCH_sm90a_joined                90
+#define ARCH_sm90a_joined_bare           90
+#define ARCH_sm90a_split                 90
+#define ARCH_sm90a_decode                90
+#define MAPS_sm80_gate_up                0 /* tensor maps: of the weights, then of the token rows */
+#define MAPS_sm80_down                   0
+#define MAPS_sm90a_gate_up               1
+#define MAPS_sm90a_bare_gate_up          1
+#define MAPS_sm90a_bare_down             2
+#define MAPS_sm90a_down                  2
+#define MAPS_sm90a_down_add              2
+#define MAPS_sm90a_swap_gate_up          1
+#define MAPS_sm90a_swap_down             1
+#define MAPS_sm90a_swap_experts          2 /* of w13, of w2 */
+#define MAPS_sm90a_plain_experts         2
+#define MAPS_sm90a_high_experts          5 /* the same, and of w13, w2, intermediate for high tiles */
+#define MAPS_sm90a_wide_experts          5
+#define MAPS_sm90a_joined_experts        3 /* of w13, of w2, of the intermediate */
+#define MAPS_sm90a_joined_bare_experts   3
+#define MAPS_sm90a_split_gate_up         1
+#define MAPS_sm90a_split_down            2
+#define MAPS_sm90a_decode_gate_up        2 /* of the weights: a stage, and what is left of K */
+#define MAPS_sm90a_decode_down           2
+#define FILE_sm80(stage)                 stage /* the .cu file that instantiates the row */
+#define FILE_sm90a(stage)                stage "_sm90a"
+#define FILE_sm90a_bare(stage)           stage "_sm90a"
+#define FILE_sm90a_swap(stage)           stage "_swap_sm90a"
+#define FILE_sm90a_plain(stage)          stage "_swap_sm90a"
+#define FILE_sm90a_high(stage)           stage "_high_sm90a"
+#define FILE_sm90a_wide(stage)           stage "_high_sm90a"
+#define FILE_sm90a_joined(stage)         stage "_joined_sm90a"
+#define FILE_sm90a_joined_bare(stage)    stage "_joined_sm90a"
+#define FILE_sm90a_split(stage)          stage "_split_sm90a"
+#define FILE_sm90a_decode(stage)         stage "_decode_sm90a"
 
 static const moe_kernel_row KERNELS[] = {
     [KERNEL_ALIGN_FEW] = {"moe_align_few", "align", 0, 80, sizeof(moe_align_args)},
