@@ -365,6 +365,24 @@ def run_layer(backend, layer, *, fill=0xFF, function=None, **replaced):
     return got
 
 
+def check_streams(gpu, layer, want, *, num_streams, calls=8):
+    """Calls of one layer in several streams beside each other: each gives the bits of `want`."""
+    torch = gpu.torch
+    tensors, options = put_layer(gpu, layer)
+    size = workspace_bytes(gpu, layer) + 256
+    streams = [torch.cuda.Stream() for _ in range(num_streams)]
+    outs = [[gpu.empty(layer.out_shape, layer.dtype) for _ in range(calls)] for _ in streams]
+    scratch = [torch.full((size,), 0xFF, dtype=torch.uint8, device=gpu.device) for _ in streams]
+    torch.cuda.synchronize()
+    for i in range(calls):
+        for stream, own, workspace in zip(streams, outs, scratch, strict=True):
+            fusedmoe.fused_experts(
+                **tensors, **options, out=own[i], workspace=workspace, stream=stream.cuda_stream
+            )
+    torch.cuda.synchronize()
+    assert all(same_bits(gpu.get(out), want) for own in outs for out in own)
+
+
 def check_layer(backend, layer, **replaced):
     """run_layer against the oracle; returns the result."""
     got = run_layer(backend, layer, **replaced)

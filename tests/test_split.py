@@ -3,17 +3,16 @@ order. The plan says by how many; here layers for which it does so by itself. La
 kind: tests/test_variants.py."""
 
 import pytest
-from fusedmoe import fused_experts, ops
+from fusedmoe import ops
 from support import (
     BF16,
     F16,
     F32,
     check_layer,
+    check_streams,
     make_layer,
-    put_layer,
     run_layer,
     same_bits,
-    workspace_bytes,
 )
 
 UP, DOWN = "gate_up", "down"
@@ -63,19 +62,6 @@ def test_routings(gpu, seed, sizes, routing):
 @pytest.mark.gpu
 def test_two_streams(gpu, seed):
     """Clusters of two calls beside each other."""
-    torch = gpu.torch
     layer = make_layer(seed, *SIZES[0][0])
     want = run_layer(gpu, layer)
-    tensors, options = put_layer(gpu, layer)
-    streams = [torch.cuda.Stream() for _ in range(2)]
-    outs = [[gpu.empty(layer.out_shape, BF16) for _ in range(8)] for _ in streams]
-    size = workspace_bytes(gpu, layer) + 256
-    scratch = [torch.full((size,), 0xFF, dtype=torch.uint8, device=gpu.device) for _ in streams]
-    torch.cuda.synchronize()
-    for i in range(8):
-        for stream, own, workspace in zip(streams, outs, scratch, strict=True):
-            fused_experts(
-                **tensors, **options, out=own[i], workspace=workspace, stream=stream.cuda_stream
-            )
-    torch.cuda.synchronize()
-    assert all(same_bits(gpu.get(out), want) for own in outs for out in own)
+    check_streams(gpu, layer, want, num_streams=2)
