@@ -11,6 +11,8 @@
 
 template <class Gemm>
 struct joined_stage : high_stage<Gemm> {
+    static_assert(!Gemm::kFewRegisters,
+                  "what a tile is fits registers, where math() and gather() go on");
     using typename high_stage<Gemm>::shared;
     using typename high_stage<Gemm>::list;
     using high_stage<Gemm>::leads;
@@ -24,13 +26,6 @@ struct joined_stage : high_stage<Gemm> {
 
         __device__ __forceinline__ void tell(shared &smem, uint32_t n, const list &list)
         {
-            if constexpr (Gemm::kFewRegisters) {
-                list.tell(smem, n + 1, next, list.load(next));
-                smem.item[0] = next;
-                next = after;
-                after = list.take();
-                return;
-            }
             list.tell(smem, n + 1, next, entry);
             smem.item[0] = next;
             next = after;
@@ -39,38 +34,12 @@ struct joined_stage : high_stage<Gemm> {
         }
     };
 
-    // As gather(), by the loop of few registers: between two items.
-    template <class Problem>
-    static __device__ __forceinline__ void gather_few(shared &smem, const list &list,
-                                                      ahead &numbers, const Problem &problem)
-    {
-        typename Gemm::position at;
-        int32_t slot[Gemm::kHeld];
-        int32_t there = leads() ? Gemm::copy_ahead(smem, Gemm::get_work(smem, 0), problem) : 0;
-        __syncwarp();
-        Gemm::load_own_slots(slot, Gemm::get_work(smem, 0), problem.args);
-        int32_t num_rows = Gemm::get_work(smem, 0).num_rows;
-        for (uint32_t n = 0; num_rows >= 0; ++n) {
-            if (leads()) numbers.tell(smem, n, list);
-            Gemm::put_tokens(smem, n, slot, problem.args);
-            Gemm::producer_sync();
-            Gemm::load_own_slots(slot, Gemm::get_work(smem, n + 1), problem.args);
-            Gemm::copy_tile(smem, at, n, there, problem);
-            there = 0;
-            num_rows = Gemm::get_work(smem, n + 1).num_rows;
-        }
-    }
-
     // All copies, of gathered rows; the first item is known to all.
     template <class Problem>
     static __device__ __forceinline__ void gather(shared &smem, const list &list, ahead &numbers,
                                                   const Problem &problem)
     {
         typename Gemm::position at;
-        if constexpr (Gemm::kFewRegisters) {
-            gather_few(smem, list, numbers, problem);
-            return;
-        }
         typename Gemm::work work = Gemm::get_work(smem, 0);
         int32_t slot[Gemm::kHeld];
         int32_t there = leads() ? Gemm::copy_ahead(smem, work, problem) : 0;
@@ -98,12 +67,8 @@ struct joined_stage : high_stage<Gemm> {
             numbers.tell(smem, n, list);
             ready(tile_of(smem, n));
             int32_t none[Gemm::kHeld];
-            if constexpr (Gemm::kFewRegisters) {
-                Gemm::copy_tile(smem, at, n, there, problem);
-            } else {
-                const auto work = Gemm::get_work(smem, n);
-                Gemm::copy_tile(smem, at, work, none, work, there, problem);
-            }
+            const auto work = Gemm::get_work(smem, n);
+            Gemm::copy_tile(smem, at, work, none, work, there, problem);
             there = 0;
             num_rows = Gemm::get_work(smem, n + 1).num_rows;
         }
@@ -130,13 +95,10 @@ struct joined_stage : high_stage<Gemm> {
                 },
                 [&] { rows.after_last(smem, n, args); });
             if (static_cast<int32_t>(threadIdx.x / 128 * 64) < Gemm::get_work(smem, n).num_rows) {
-                uint32_t last = (at.stage + Gemm::kStages - 1) % Gemm::kStages;
-                Gemm::keep(smem, at, last, n);
-                rows.get(smem, Gemm::kFewRegisters ? Gemm::load_kept(smem).w : n, args);
+                const uint32_t last = (at.stage + Gemm::kStages - 1) % Gemm::kStages;
+                rows.get(smem, n, args);
                 problem.template write<Gemm>(typename Gemm::results{smem, n, last}, sums,
                                              rows.weight);
-                Gemm::take_back(smem, at, last, n);
-                if constexpr (Gemm::kOutInRing) release_stage(smem.read[last]);
             } else {
                 if (n > 0) done(tile_of(smem, n - 1));
                 rows.pass(smem, n, args);
@@ -155,10 +117,15 @@ static __device__ __forceinline__ void run_joined(const UpProblem &up, const Low
     using up_stage = joined_stage<Up>;
     using low_stage = joined_stage<Low>;
     constexpr int32_t kSignals = Up::kMathThreads / 32; // of an item of gate_up
-    // Three math warpgroups: gate_up's copies hold the addresses of 192 rows and the next items, down's nothing.
-    constexpr bool kMove = Up::kGroups == 3 && !Up::kFewRegisters;
-    constexpr int32_t kMathRegisters = kMove ? 144 : Up::kMathRegisters,
-                      kCopyRegisters = kMove ? 80 : Up::kCopyRegisters;
+    // Three math warpgroups: gate_up's copies hold the addresses of 192 rows and the next items, down's hardly anything.
+    constexpr bool kMoves = Up::kGroups == 3; // registers from copies to math in between
+    constexpr int32_t kMathRegisters = kMoves ? 144 : Up::kMathRegisters,
+                      kCopyRegisters = kMoves ? 80 : Up::kCopyRegisters, kLowMathRegisters = 160,
+                      kLowCopyRegisters = 32;
+    static_assert(3 * (kLowMathRegisters - 144) == 80 - kLowCopyRegisters, "a sum of 512");
+    static_assert(sizeof(typename Up::shared) <= MOE_JOINED_SMEM_BYTES &&
+                      sizeof(typename Low::shared) <= MOE_JOINED_SMEM_BYTES,
+                  "one after the other in the same memory");
     auto &up_memory = *reinterpret_cast<typename Up::shared *>(dynamic_shared);
     auto &low_memory = *reinterpret_cast<typename Low::shared *>(dynamic_shared);
     const bool leads = up_stage::leads();
@@ -197,7 +164,7 @@ static __device__ __forceinline__ void run_joined(const UpProblem &up, const Low
         change();
         Up::stop(up_memory);
         change();
-        if constexpr (kMove) set_registers_more<160>();
+        if constexpr (kMoves) set_registers_more<kLowMathRegisters>();
         Low::start(low_memory);
         low_stage::math(low_memory, low, [](uint32_t) {});
     } else {
@@ -206,7 +173,7 @@ static __device__ __forceinline__ void run_joined(const UpProblem &up, const Low
         const uint32_t past = up_memory.item[0]; // the first number that is not gate_up's
         change();
         change(); // the barriers of gate_up are gone
-        if constexpr (kMove) set_registers_fewer<32>();
+        if constexpr (kMoves) set_registers_fewer<kLowCopyRegisters>();
         typename low_stage::ahead behind = {0, 0, {0, 0, 0, 0}};
         if (leads) {
             const uint32_t now = past - second.first;
