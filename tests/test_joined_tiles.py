@@ -5,8 +5,8 @@ import re
 
 import fusedmoe
 import pytest
-from fusedmoe import _C, fused_experts
-from support import BF16, F16, F32, make_layer, put_layer, run_layer, same_bits, workspace_bytes
+from fusedmoe import _C
+from support import BF16, F16, F32, check_streams, make_layer, run_layer, same_bits
 
 pytestmark = pytest.mark.gpu
 
@@ -80,22 +80,7 @@ def test_biases_and_weights_on_input(gpu, seed, dtype, row):
 @pytest.mark.parametrize("row", ROWS)
 def test_two_streams(gpu, seed, row):
     """Each has some of the SMs; neither waits for a thread block that has no room."""
-    torch = gpu.torch
     layer = make_layer(seed, 900, 512, 384, 8, 2)
     want = two_launches(gpu, layer)
     hold(layer, f"moe_experts_DTYPE_{row}")
-    tensors, options = put_layer(gpu, layer)
-    streams = [torch.cuda.Stream() for _ in range(3)]
-    outs = [[gpu.empty(layer.out_shape, BF16) for _ in range(8)] for _ in streams]
-    scratch = [
-        torch.full((workspace_bytes(gpu, layer) + 256,), 0xFF, dtype=torch.uint8, device=gpu.device)
-        for _ in streams
-    ]
-    torch.cuda.synchronize()
-    for i in range(8):
-        for stream, own, workspace in zip(streams, outs, scratch, strict=True):
-            fused_experts(
-                **tensors, **options, out=own[i], workspace=workspace, stream=stream.cuda_stream
-            )
-    torch.cuda.synchronize()
-    assert all(same_bits(gpu.get(out), want) for own in outs for out in own)
+    check_streams(gpu, layer, want, num_streams=3)
