@@ -220,7 +220,7 @@ struct gemm_high {
     static __device__ __forceinline__ void change()
     {
         fence_proxy_async();
-        __syncthreads();
+        sync_block(Up::kThreads);
     }
 
     __device__ __forceinline__ void math(uint32_t tiles, uint32_t item) const

@@ -31,6 +31,12 @@ static __device__ __forceinline__ void release_stage(uint64_t &read)
     if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&read));
 }
 
+// All threads of the block, whichever branch they come from: __syncthreads() would have to be one place for all of them.
+static __device__ __forceinline__ void sync_block(uint32_t threads)
+{
+    named_barrier_sync(5, threads); // 1 to 4: parts of a block
+}
+
 // The memory of barriers that nobody uses any more is free again. One thread.
 template <int kBarriers>
 static __device__ __forceinline__ void invalidate(uint64_t (&barriers)[kBarriers])

@@ -33,6 +33,7 @@ struct gemm_swap {
     static constexpr int kMathThreads = 256;   // two warpgroups
     static constexpr int kGatherThreads = 64;  // behind the warp that feeds the copy engine
     static constexpr int kCopyThreads = 32 * MOE_GEMM_PRODUCERS_sm90a_swap;
+    static constexpr int kThreads = kMathThreads + kCopyThreads;
     static constexpr int kPieces = kTileK / MOE_MAP_COLS; // of a stage: 128 bytes of K of every row
     static constexpr int kWeightBytes = kCols * 128;      // of a piece
     static constexpr int kTokenBytes = kRows * 128;
@@ -616,7 +617,7 @@ struct gemm_swap {
             grid_launch_dependents();
             math(smem, problems...);
             if constexpr (High::kThere) {
-                __syncthreads();
+                sync_block(kThreads);
                 const uint32_t tiles = smem.high_tiles, item = smem.high_item;
                 if (tiles > 0) {
                     stop(smem);
@@ -629,8 +630,7 @@ struct gemm_swap {
             if (thread == 0) feed<High::kThere>(smem, problems...);
             if (thread / 32 >= 1 && thread / 32 <= kGatherThreads / 32) gather(smem, problems...);
             if constexpr (High::kThere) {
-                __syncwarp();
-                __syncthreads();
+                sync_block(kThreads);
                 const uint32_t tiles = smem.high_tiles, item = smem.high_item;
                 if (tiles > 0) high.copy(tiles, item);
             }

@@ -828,7 +828,7 @@ struct gemm_wgmma {
                 mbarrier_init(shared_address(&turn), 4);
             fence_proxy_async();
         }
-        __syncthreads();
+        sync_block(kThreads);
     }
 
     // The memory of the barriers is free again. Every thread, when nobody uses them; a barrier of all has to follow.
