@@ -211,7 +211,7 @@ static __device__ __forceinline__ void run_joined(const UpProblem &up, const Low
     // What was in shared memory has been read; what was written there is visible to the copy engine.
     auto change = [] {
         fence_proxy_async();
-        __syncthreads();
+        sync_block(Up::kThreads);
     };
 
     grid_dependency_wait();
