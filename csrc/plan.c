@@ -754,7 +754,7 @@ static int32_t only_experts(const moe_device_info *d)
 static void join_tiles(moe_plan *plan, const moe_device_info *d, const gemm_shape *gate_up,
                        const gemm_shape *down)
 {
-    const double least_us = 60.0, least_items = 2.2, least_down_items = 1.0; /* of an SM */
+    const double least_us = 60.0, least_items = 1.9, least_down_items = 1.0; /* of an SM */
     const int64_t least_tall_steps = 16;
     const moe_problem *p = &plan->problem;
     const variant *up = &VARIANTS[plan->gate_up.variant], *low = &VARIANTS[plan->down.variant];
