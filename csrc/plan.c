@@ -769,11 +769,11 @@ static void join_tiles(moe_plan *plan, const moe_device_info *d, const gemm_shap
         (up->rows != TALL_ROWS || ceil_div(gate_up->depth, up->k) >= least_tall_steps);
     if (!is_layer(p) || plan->decode || plan->one_launch || plan->adds || !(wanted || only >= 0))
         return;
-    for (int32_t i = 0; i < NUM_VARIANTS; ++i) { /* bare rows stand behind the others */
+    for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
         const variant *v = &VARIANTS[i];
+        const bool plain = v->arch == ARCH_sm90a_joined_bare && only >= 0 && p->plain;
         const bool fits = only >= 0 ? i == only : v->rows == up->rows && v->cols == up->cols;
-        if (!fits || !usable(v, STAGE_experts, p, d) ||
-            !(v->arch == ARCH_sm90a_joined || (v->arch == ARCH_sm90a_joined_bare && p->plain)))
+        if (!fits || !(v->arch == ARCH_sm90a_joined || plain) || !usable(v, STAGE_experts, p, d))
             continue;
         fill_gemm(&plan->gate_up, i, gate_up, d, plan->gate_up.us);
         fill_gemm(&plan->down, i, down, d, plan->down.us);
@@ -815,14 +815,17 @@ static void offer_high(moe_plan *plan, const moe_device_info *d)
     }
 }
 
-/* A row of sm90a without the code of options, where the layer has none. */
+/* The same tile without the code of options, where the layer has none. */
 static int32_t plain_row(int32_t row, const moe_problem *p, const moe_device_info *d)
 {
     const variant *v = &VARIANTS[row];
-    if (!p->plain || d->gate_up_row || d->down_row || v->arch != ARCH_sm90a) return row;
+    const int32_t plain = v->arch == ARCH_sm90a          ? ARCH_sm90a_bare
+                          : v->arch == ARCH_sm90a_joined ? ARCH_sm90a_joined_bare
+                                                         : 0;
+    if (!plain || !p->plain || d->gate_up_row || d->down_row) return row;
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
         const variant *of = &VARIANTS[i];
-        if (of->arch == ARCH_sm90a_bare && of->stage == v->stage && of->act_dtype == v->act_dtype &&
+        if (of->arch == plain && of->stage == v->stage && of->act_dtype == v->act_dtype &&
             of->rows == v->rows && of->cols == v->cols && of->stages == v->stages)
             return i;
     }
