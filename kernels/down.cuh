@@ -27,10 +27,15 @@ static __device__ __forceinline__ void write_outputs(float (&z)[8], int64_t row,
     int32_t count = min(8, args.hidden_size - col);
     if (count <= 0) return;
     if (args.w2_bias) {
-        int64_t base = expert * args.w2_bias_stride + col;
+        int64_t at[8];
+        float bias[8];
 #pragma unroll
         for (int i = 0; i < 8; ++i)
-            if (i < count) z[i] += load_f32(args.w2_bias, base + i, args.w2_bias_dtype);
+            at[i] = i < count ? expert * args.w2_bias_stride + col + i : -1;
+        load_f32(bias, args.w2_bias, at, args.w2_bias_dtype);
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            z[i] += bias[i];
     }
     if (args.topk_weights) {
 #pragma unroll

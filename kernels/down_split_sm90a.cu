@@ -30,10 +30,9 @@ struct down_part : down_problem<T, moe_down_args> {
             if (col >= args.hidden_size) return;
             float bias[2] = {0.0f, 0.0f};
             if (args.w2_bias) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i)
-                    bias[i] = load_f32(args.w2_bias, work.expert * args.w2_bias_stride + col + i,
-                                       args.w2_bias_dtype);
+                const int64_t first = work.expert * args.w2_bias_stride + col,
+                              at[2] = {first, first + 1};
+                load_f32(bias, args.w2_bias, at, args.w2_bias_dtype);
             }
 #pragma unroll
             for (int i = 0; i < 2; ++i) {

@@ -23,6 +23,7 @@ struct down_problem {
     float scale; // kAdd
     bool once;   // kAdd: rows are written
     static constexpr int kTaken = 2;
+    static constexpr bool kInPlace = false;
     static constexpr int32_t k_begin = 0;
 
     __device__ __forceinline__ int2 box(int32_t col, int32_t part, int32_t rows) const
@@ -43,6 +44,28 @@ struct down_problem {
             write<Gemm, false>(to, sums, factor);
     }
 
+    template <class Gemm>
+    __device__ __forceinline__ void bring_bias(typename Gemm::shared &smem, uint32_t tile) const
+    {
+        if (!Gemm::kColBias || !args.w2_bias) return;
+        const auto work = Gemm::get_work(smem, tile);
+        const uint32_t to = Gemm::bias_rows(smem);
+        constexpr int kAtOnce = Gemm::kCols / 32;
+        int32_t at[kAtOnce];
+        float bias[kAtOnce];
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n) {
+            const int32_t col = work.col_begin + threadIdx.x % 32 + n * 32;
+            at[n] = col < num_cols ? col : -1;
+        }
+        load_f32(bias,
+                 element_of(args.w2_bias, work.expert * args.w2_bias_stride, args.w2_bias_dtype),
+                 at, args.w2_bias_dtype);
+#pragma unroll
+        for (int n = 0; n < kAtOnce; ++n)
+            store_shared_4(to + (threadIdx.x % 32 + n * 32) * 4, bias[n]);
+    }
+
     // kCols / 64 blocks of 32 columns in each box, of which this lane has eight.
     template <class Gemm, bool kBias>
     __device__ __forceinline__ void write(const typename Gemm::results &to,
@@ -54,6 +77,7 @@ struct down_problem {
         constexpr bool kAnew = kBias && Gemm::kFewRegisters;
         uint32_t thread = threadIdx.x;
         place places[2];
+        if constexpr (kBias && Gemm::kColBias) __syncwarp();
 #pragma unroll
         for (int half = 0; half < 2; ++half)
             places[half] = find_place(to.work(), thread, half);
@@ -61,6 +85,17 @@ struct down_problem {
         for (int block = 0; block < 2 * kBlocks; ++block) {
             const int first = block / kBlocks * kBoxBlocks + block % kBlocks;
             float bias[4][2];
+            if constexpr (kBias && Gemm::kColBias) {
+                const uint32_t held = Gemm::bias_rows(to.smem) + (block * 32 + thread % 4 * 8) * 4;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float2 two = load_shared_8(held + i * 8);
+                    bias[i][0] = two.x, bias[i][1] = two.y;
+                }
+            } else if constexpr (kBias && !kAnew) {
+                get_bias(reinterpret_cast<float(&)[8]>(bias), to.work(),
+                         block * 32 + thread % 4 * 8);
+            }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 uint32_t pairs[4];
@@ -70,7 +105,7 @@ struct down_problem {
                     float z[2] = {sums[j * 4 + of], sums[(j + kBlocks) * 4 + of]};
                     if constexpr (kBias) {
                         if constexpr (kAnew) forget(thread);
-                        if (kAnew || half == 0)
+                        if constexpr (kAnew)
                             get_bias(bias[i], to.work(), block * 32 + thread % 4 * 8 + i * 2);
                         z[0] += bias[i][0], z[1] += bias[i][1];
                     }
@@ -85,19 +120,20 @@ struct down_problem {
         }
     }
 
-    template <class Work>
-    __device__ __forceinline__ void get_bias(float (&bias)[2], const Work &work, int32_t col) const
+    // Biases of N of the tile's columns, from col on; all of them are there or none, hidden_size is a multiple of 8.
+    template <int N, class Work>
+    __device__ __forceinline__ void get_bias(float (&bias)[N], const Work &work, int32_t col) const
     {
-        bias[0] = bias[1] = 0.0f;
+        int32_t at[N];
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            bias[i] = 0.0f, at[i] = i;
         col += work.col_begin;
         if (col >= num_cols) return;
-        const bool f32 = args.w2_bias_dtype == MOE_F32;
-        const unsigned char *at = static_cast<const unsigned char *>(args.w2_bias) +
-                                  ((work.expert * args.w2_bias_stride + col) << (f32 ? 2 : 1));
-#pragma unroll
-        for (int i = 0; i < 2; ++i)
-            bias[i] = f32 ? reinterpret_cast<const float *>(at)[i]
-                          : T::to_f32(reinterpret_cast<const typename T::element *>(at)[i]);
+        load_f32(
+            bias,
+            element_of(args.w2_bias, work.expert * args.w2_bias_stride + col, args.w2_bias_dtype),
+            at, args.w2_bias_dtype);
     }
 
     // Where a thread's results of its row `half` of two go: the first of a tile's columns that are its own, how many of
@@ -135,6 +171,11 @@ struct down_problem {
 // Without bias, for a plain layer.
 template <class T>
 struct plain_down : down_problem<T, moe_down_args> {
+    template <class Gemm>
+    __device__ __forceinline__ void bring_bias(typename Gemm::shared &, uint32_t) const
+    {
+    }
+
     template <class Gemm>
     __device__ __forceinline__ void write(const typename Gemm::results &to,
                                           const float (&sums)[Gemm::kSums],

@@ -9,7 +9,9 @@
 #include "gemm_joined.cuh"
 
 template <class T>
-using any_down = down_problem<T, moe_down_args>;
+struct any_down : down_problem<T, moe_down_args> {
+    static constexpr bool kInPlace = true; // as gate_up's, whose registers these are
+};
 
 #define MOE_KERNEL_joined(up_problem, low_problem, name, type, rows, cols, k, stages, wm, wn, wk)  \
     extern "C" __global__ void __launch_bounds__(                                                  \

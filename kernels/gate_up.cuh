@@ -14,12 +14,26 @@ static __device__ __forceinline__ float swish(float x, float c)
 // min and clamp that keep NaN.
 static __device__ __forceinline__ float at_most(float x, float limit)
 {
-    return x > limit ? limit : x;
+    return min_nan(x, limit);
 }
 
 static __device__ __forceinline__ float clamp(float x, float limit)
 {
-    return x > limit ? limit : x < -limit ? -limit : x;
+    return max_nan(min_nan(x, limit), -limit);
+}
+
+// x / 2 (1 + tanh(c (x + 0.044715 x^3))), c = sqrt(2 / pi): 1 + tanh(z) is twice the sigmoid of 2 z.
+static __device__ __forceinline__ float gelu_tanh(float x)
+{
+    const float inner = x * fmaf(0.044715f * x, x, 1.0f);
+    return __fdividef(
+        x, 1.0f + exp2_approx(-2.0f * 0.79788456080286536f * 1.4426950408889634f * inner));
+}
+
+static __device__ __forceinline__ float relu2(float x)
+{
+    const float positive = x < 0.0f ? 0.0f : x;
+    return positive * positive;
 }
 
 // y = silu(g) u, with a limit before or after the product's first factor where there is one.
@@ -58,17 +72,13 @@ static __device__ __forceinline__ void activate(float (&y)[N], const float (&g)[
         break;
     case MOE_ACT_GELU_TANH:
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            float inner = 0.79788456080286536f * (g[i] + 0.044715f * g[i] * g[i] * g[i]);
-            y[i] = 0.5f * g[i] * (1.0f + tanhf(inner)) * u[i];
-        }
+        for (int i = 0; i < N; ++i)
+            y[i] = gelu_tanh(g[i]) * u[i];
         break;
     case MOE_ACT_RELU2:
 #pragma unroll
-        for (int i = 0; i < N; ++i) {
-            float positive = g[i] < 0.0f ? 0.0f : g[i];
-            y[i] = positive * positive * u[i];
-        }
+        for (int i = 0; i < N; ++i)
+            y[i] = relu2(g[i]) * u[i];
         break;
     case MOE_ACT_SWIGLU_OAI:
 #pragma unroll
@@ -84,6 +94,19 @@ static __device__ __forceinline__ void activate(float (&y)[N], const float (&g)[
             y[i] = alpha * tanhf(g[i] / alpha) * swish(1.0f, g[i]) * up;
         }
     }
+}
+
+// silu(gate) up and nothing else, which takes a fraction of the instructions of what follows.
+static __device__ __forceinline__ bool is_plain(const moe_gate_up_args &args)
+{
+    return args.gated && args.activation == MOE_ACT_SILU && !args.w13_bias && !args.topk_weights &&
+           !(args.activation_limit > 0.0f);
+}
+
+template <class T>
+static __device__ __forceinline__ uint32_t plain_pair(float g0, float g1, float u0, float u1)
+{
+    return T::round2(swish(g0, 1.0f) * u0, swish(g1, 1.0f) * u1);
 }
 
 // Columns of one expert's w13: (gate, up) of output i are columns 2 i, 2 i + 1 where gated.
@@ -117,16 +140,20 @@ make_outputs(float (&y)[N], float (&g)[N], float (&u)[N], int32_t out, int32_t s
 {
     int32_t gated = args.gated;
     if (args.w13_bias) {
-        int64_t base = expert * args.w13_bias_stride;
+        const int64_t base = expert * args.w13_bias_stride;
+        int64_t bias_at[2 * N];
+        float bias[2 * N];
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            int32_t at = out + i / 2 * step + i % 2;
-            if (at >= args.intermediate_size) break;
-            int32_t col = gated ? 2 * at : at;
-            g[i] += load_f32(args.w13_bias, base + rows.row(col), args.w13_bias_dtype);
-            if (gated)
-                u[i] += load_f32(args.w13_bias, base + rows.row(col + 1), args.w13_bias_dtype);
+            const int32_t at = out + i / 2 * step + i % 2, col = gated ? 2 * at : at;
+            const bool there = at < args.intermediate_size;
+            bias_at[i] = there ? base + rows.row(col) : -1;
+            bias_at[i + N] = there && gated ? base + rows.row(col + 1) : -1;
         }
+        load_f32(bias, args.w13_bias, bias_at, args.w13_bias_dtype);
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            g[i] += bias[i], u[i] += bias[i + N];
     }
     if (args.topk_weights) {
 #pragma unroll

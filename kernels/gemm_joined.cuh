@@ -166,13 +166,17 @@ struct joined_stage : high_stage<Gemm> {
         rows.begin(smem, Gemm::get_work(smem, 0), args);
         for (int32_t num_rows = Gemm::get_work(smem, 0).num_rows; num_rows >= 0; ++n) {
             float sums[Gemm::kSums];
+            Gemm::template begin_sums<Problem>(sums);
             Gemm::multiply(
                 sums, smem, at, num_rows, num_steps, turn,
                 [&] {
                     rows.after_first(smem, n, args);
                     if (n > 0) done(tile_of(smem, n - 1));
                 },
-                [&] { rows.after_last(smem, n, args); });
+                [&] {
+                    rows.after_last(smem, n, args);
+                    problem.template bring_bias<Gemm>(smem, n);
+                });
             if (static_cast<int32_t>(threadIdx.x / 128 * 64) < Gemm::get_work(smem, n).num_rows) {
                 const uint32_t last = (at.stage + Gemm::kStages - 1) % Gemm::kStages;
                 rows.get(smem, n, args);

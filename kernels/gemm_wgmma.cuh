@@ -43,6 +43,11 @@ struct gemm_wgmma {
     static constexpr int kOutCols =
         kOutInRing ? kTileK : MOE_GEMM_OUT_COLS_sm90a(kRows, kCols, kTileK, kStages);
     static constexpr bool kOutOwn = kGather && !kOutInRing;
+    // Biases of a tile's columns in shared memory, for each warp, asked for behind its last step: down has room of its own for
+    // them, or none; gate_up puts them where the results will lie.
+    static constexpr bool kColBias =
+                              !kGather && kGroups * kCols > 384 && !(kGroups == 3 && kCols > 192),
+                          kBiasAhead = kOutOwn || kColBias;
     static constexpr int kOutPitch = kOutCols * 2 + 16; // bytes; eight rows lie in different banks
     // The sums leave few registers, for the math and for the copies: what can lies in shared memory.
     static constexpr bool kFewRegisters = kGroups == 3 && kCols > 192;
@@ -74,6 +79,7 @@ struct gemm_wgmma {
         alignas(1024) unsigned char token[kStages][kTokenBytes];
         alignas(1024) unsigned char weight[kStages][kWeightBytes];
         alignas(128) unsigned char out[kOutOwn ? kRows : 1][kOutOwn ? kOutPitch : 16];
+        alignas(16) float col_bias[kColBias ? kMathThreads / 32 : 1][kColBias ? kCols : 4];
         float row_weight[kGather ? 1 : 2][kGather ? 1 : kRows]; // down: of tile n at n % 2
         // landed: all bytes of a stage and every gathering thread; read: its wgmma are done, one per math warp
         alignas(8) uint64_t landed[kStages];
@@ -482,6 +488,16 @@ struct gemm_wgmma {
         }
     }
 
+    // Where the epilogue changes the sums in place: without a first value they would be taken for those of the tile before.
+    template <class Problem>
+    static __device__ __forceinline__ void begin_sums(float (&sums)[kSums])
+    {
+        if constexpr (Problem::kInPlace)
+#pragma unroll
+            for (float &sum : sums)
+                sum = 0.0f;
+    }
+
     // All of K. after_first, after_last: to be done while the products of a tile's first step are under way, of its last.
     // With results in the ring the last stage stays the warp's.
     template <class AfterFirst, class AfterLast>
@@ -574,6 +590,12 @@ struct gemm_wgmma {
     static __device__ __forceinline__ uint4 load_kept(const shared &smem)
     {
         return load_shared_16(shared_address(&smem.kept[threadIdx.x / 32]));
+    }
+
+    // Where a warp's biases of a tile's columns lie.
+    static __device__ __forceinline__ uint32_t bias_rows(shared &smem)
+    {
+        return kColBias ? shared_address(smem.col_bias[threadIdx.x / 32]) : out_rows(smem, 0);
     }
 
     // A warp's results: of which tile, and where they are put before they leave.
@@ -842,7 +864,8 @@ struct gemm_wgmma {
 
     // All tiles of this block. Problem: weights, tokens: the maps; box(col, part, rows) -> coordinates of half the
     // weights of a tile; tokens(), token_stride(): of gathered rows;
-    // write(results, sums, weight of this thread's two rows); args, num_cols, k_size; band_tiles: of the
+    // write(results, sums, weight of this thread's two rows), kInPlace: it changes the sums;
+    // bring_bias(smem, tile) behind the products of its last step; args, num_cols, k_size; band_tiles: of the
     // list; kTaken: which number behind num_tiles counts the items taken; k_begin: 0.
     template <class Problem>
     static __device__ __forceinline__ void run(shared &smem, const Problem &problem)
@@ -902,10 +925,14 @@ struct gemm_wgmma {
             // What a tile is stays in shared memory: the sums leave few registers.
             for (int32_t num_rows = work.num_rows; num_rows >= 0; ++tile) {
                 float sums[kSums];
+                begin_sums<Problem>(sums);
                 multiply(
                     sums, smem, at, num_rows, num_steps, turn,
                     [&] { rows.after_first(smem, tile, args); },
-                    [&] { rows.after_last(smem, tile, args); });
+                    [&] {
+                        rows.after_last(smem, tile, args);
+                        problem.template bring_bias<gemm_wgmma>(smem, tile);
+                    });
                 if (static_cast<int32_t>(threadIdx.x / 128 * 64) < get_work(smem, tile).num_rows) {
                     uint32_t last = (at.stage + kStages - 1) % kStages;
                     keep(smem, at, last, tile);

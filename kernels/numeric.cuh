@@ -61,4 +61,31 @@ __device__ __forceinline__ float load_f32(const void *base, int64_t index, int32
     return f16::to_f32(static_cast<const __half *>(base)[index]);
 }
 
+// Elements base[at[i]], 0 where at[i] < 0: all are asked for before the first is looked at.
+template <int N, class Index>
+__device__ __forceinline__ void load_f32(float (&v)[N], const void *base, const Index (&at)[N],
+                                         int32_t dtype)
+{
+    if (dtype == MOE_F32) {
+#pragma unroll
+        for (int i = 0; i < N; ++i)
+            v[i] = at[i] >= 0 ? static_cast<const float *>(base)[at[i]] : 0.0f;
+        return;
+    }
+    uint16_t bits[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+        bits[i] = at[i] >= 0 ? static_cast<const uint16_t *>(base)[at[i]] : 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+        v[i] = dtype == MOE_BF16 ? __uint_as_float(static_cast<uint32_t>(bits[i]) << 16)
+                                 : __half2float(__ushort_as_half(bits[i]));
+}
+
+// Where element `index` of such an array is.
+__device__ __forceinline__ const void *element_of(const void *base, int64_t index, int32_t dtype)
+{
+    return static_cast<const unsigned char *>(base) + (index << (dtype == MOE_F32 ? 2 : 1));
+}
+
 #endif

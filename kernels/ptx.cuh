@@ -65,6 +65,20 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t shared)
     return v;
 }
 
+// ld.shared.v2, "ld": two floats of shared memory. Each thread for itself.
+__device__ __forceinline__ float2 load_shared_8(uint32_t shared)
+{
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(shared) : "memory");
+    return v;
+}
+
+// st.shared, "st": a float to shared memory. Each thread for itself.
+__device__ __forceinline__ void store_shared_4(uint32_t shared, float v)
+{
+    asm volatile("st.shared.f32 [%0], %1;" :: "r"(shared), "f"(v) : "memory");
+}
+
 // mma.m16n8k16, "mma": d += a b^T, bf16 operands, f32 sums. All lanes of a warp.
 __device__ __forceinline__ void mma_m16n8k16_bf16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 {
@@ -86,6 +100,20 @@ __device__ __forceinline__ float exp2_approx(float x)
 {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// min.NaN, max.NaN, "min", "max": NaN where one of both is. Each thread for itself.
+__device__ __forceinline__ float min_nan(float a, float b)
+{
+    float y;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+__device__ __forceinline__ float max_nan(float a, float b)
+{
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
     return y;
 }
 
