@@ -38,7 +38,8 @@ MOST_WEIGHTS = 150e6  # elements of one layer of random sizes
 LARGE_TILE = 96  # rows: never hopeless
 OWN = (-1, -1)  # the plan's own choice
 ROW = re.compile(r"moe_(gate_up|down)_(bf16|f16)_(\d+)x\d+(_any)?(?:_(\w+))?$")
-OTHERS = "sm90a_decode", "sm90a_bare"  # not held to: the plan takes them for other rows
+# not held to: the plan takes them for other rows
+OTHERS = "sm90a_decode", "sm90a_decode_bare", "sm90a_bare"
 
 
 def random_points(count, seed=0):

@@ -29,7 +29,8 @@ enum {
     ARCH_sm90a_plain = 96,
     ARCH_sm90a_bare = 97,
     ARCH_sm90a_joined = 98,
-    ARCH_sm90a_joined_bare = 99
+    ARCH_sm90a_joined_bare = 99,
+    ARCH_sm90a_decode_bare = 100
 };
 enum {
     STAGE_gate_up = MOE_OP_GATE_UP,
@@ -386,9 +387,9 @@ static double gemm_us(const variant *v, const gemm_shape *s, const moe_device_in
 static bool usable(const variant *v, int32_t stage, const moe_problem *p, const moe_device_info *d)
 {
     bool arch = v->arch == ARCH_sm80 ? d->capability >= 80 : d->hopper != 0;
-    return arch && v->arch != ARCH_sm90a_bare && v->stage == stage && v->act_dtype == p->dtype &&
-           v->weight_dtype == p->dtype && v->align_bytes <= p->vector_bytes &&
-           v->smem_bytes <= d->smem_per_block;
+    return arch && v->arch != ARCH_sm90a_bare && v->arch != ARCH_sm90a_decode_bare &&
+           v->stage == stage && v->act_dtype == p->dtype && v->weight_dtype == p->dtype &&
+           v->align_bytes <= p->vector_bytes && v->smem_bytes <= d->smem_per_block;
 }
 
 static bool is_layer(const moe_problem *p)
@@ -821,8 +822,9 @@ static int32_t plain_row(int32_t row, const moe_problem *p, const moe_device_inf
     const variant *v = &VARIANTS[row];
     const int32_t plain = v->arch == ARCH_sm90a          ? ARCH_sm90a_bare
                           : v->arch == ARCH_sm90a_joined ? ARCH_sm90a_joined_bare
+                          : v->arch == ARCH_sm90a_decode ? ARCH_sm90a_decode_bare
                                                          : 0;
-    if (!plain || !p->plain || d->gate_up_row || d->down_row) return row;
+    if (!plain || !p->plain || d->gate_up_row > 0 || d->down_row > 0) return row;
     for (int32_t i = 0; i < NUM_VARIANTS; ++i) {
         const variant *of = &VARIANTS[i];
         if (of->arch == plain && of->stage == v->stage && of->act_dtype == v->act_dtype &&

@@ -13,7 +13,8 @@
  * Cost   the weights of the active experts once: memory-bound */
 #include "decode.cuh"
 
-template <class T, int kTiles, int kCols>
+// kPlain: no bias, and no code of it.
+template <class T, int kTiles, int kCols, bool kPlain>
 struct down_decode {
     static constexpr int kParts = kCols / 16; // of 16 columns, M of the mma
     static constexpr int kTokens = 8 * kTiles;
@@ -347,6 +348,7 @@ struct down_decode {
         int32_t token, in_tile, col;
         typename T::element *to;
         bool writes, plain; // plain: scaled sums and nothing else
+        float bias[4];      // of all slots, weighted; not where plain
     };
 
     __device__ __forceinline__ places find_places(int32_t tile) const
@@ -359,8 +361,36 @@ struct down_decode {
         at.col = tile * kCols + at.in_tile;
         at.to = static_cast<typename T::element *>(args.out) + at.token * args.out_stride + at.col;
         at.writes = at.token < args.stage.num_tokens && at.col < args.stage.hidden_size;
-        at.plain = !args.stage.w2_bias && !args.shared_output && args.vector;
+        at.plain = (kPlain || !args.stage.w2_bias) && !args.shared_output && args.vector;
         return at;
+    }
+
+    // Slots in their order, two at a time.
+    __device__ __forceinline__ void find_bias(places &of) const
+    {
+        const moe_down_args &stage = args.stage;
+        const int32_t topk = args.slots.topk, end = of.token * topk + topk;
+#pragma unroll
+        for (float &sum : of.bias)
+            sum = 0.0f;
+        if (!stage.w2_bias || !of.writes) return;
+#pragma unroll 1
+        for (int32_t slot = of.token * topk; slot < end; slot += 2) {
+            int64_t at[8];
+            float bias[8], weight[2];
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                const int32_t expert = slot + n < end ? state.expert[slot + n] : -1;
+                weight[n] = expert >= 0 ? state.weight[slot + n] : 0.0f;
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    at[n * 4 + i] = expert >= 0 ? expert * stage.w2_bias_stride + of.col + i : -1;
+            }
+            load_f32(bias, stage.w2_bias, at, stage.w2_bias_dtype);
+#pragma unroll
+            for (int i = 0; i < 8; ++i)
+                if (at[i] >= 0) of.bias[i % 4] += weight[i / 4] * bias[i];
+        }
     }
 
     __device__ __forceinline__ void store_sums(const float (&acc)[kParts][kTiles][4],
@@ -382,8 +412,7 @@ struct down_decode {
     // The warps' sums, biases and shared output of this block's columns -> out. Four columns of a token a thread. Math warps.
     __device__ __forceinline__ void write(const places &at) const
     {
-        const moe_down_args &stage = args.stage;
-        const int32_t topk = args.slots.topk, token = at.token, col = at.col;
+        const int32_t token = at.token, col = at.col;
         sync_warps(kMathBarrier, kMathThreads);
         if (!at.writes) return;
         float z[4] = {};
@@ -398,18 +427,9 @@ struct down_decode {
                            T::round2(z[2] * args.scale, z[3] * args.scale));
             return;
         }
-        if (stage.w2_bias) {
-#pragma unroll 1
-            for (int32_t slot = token * topk; slot < token * topk + topk; ++slot) {
-                int32_t expert = state.expert[slot];
-                if (expert < 0) continue;
-                int64_t at = expert * stage.w2_bias_stride + col;
 #pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    z[i] +=
-                        state.weight[slot] * load_f32(stage.w2_bias, at + i, stage.w2_bias_dtype);
-            }
-        }
+        for (int i = 0; i < 4; ++i)
+            if constexpr (!kPlain) z[i] += at.bias[i];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             z[i] *= args.scale;
@@ -447,10 +467,12 @@ struct down_decode {
         const bool pairs = kParts * kTiles == 1 && copies_per_expert == 1 && !tail && !duplicates;
         bool waited = false;
         places place = find_places(blockIdx.x);
-        if (kOnce)
+        if (kOnce) {
+            if (!kPlain && !place.plain) find_bias(place);
             compute_now(
                 (reinterpret_cast<uint64_t>(place.to) | reinterpret_cast<uint64_t>(place.sum)) +
                 place.token + place.plain + place.writes);
+        }
 #pragma unroll 1
         for (int32_t tile = blockIdx.x; tile < col_tiles; tile += gridDim.x) {
             float acc[kParts][kTiles][4] = {};
@@ -520,7 +542,10 @@ struct down_decode {
             }
             if (!waited) load_panel(); // there was nothing for this warp
             waited = true;
-            if (!kOnce) place = find_places(tile);
+            if (!kOnce) {
+                place = find_places(tile);
+                if (!kPlain && !place.plain) find_bias(place);
+            }
             store_sums(acc, place);
             write(place);
             if (kOnce) return;
@@ -654,13 +679,17 @@ struct down_decode {
     }
 };
 
-#define MOE_KERNEL_sm90a_decode_down(name, type, rows, cols, k, stages, wm, wn, wk, align)         \
+#define MOE_KERNEL_decode(plain, name, type, rows, cols)                                           \
     extern "C" __global__ void __launch_bounds__(kThreads, rows == 8 && cols == 16 ? 2 : 1)        \
         name(const __grid_constant__ moe_down_decode_args args,                                    \
              const __grid_constant__ tensor_map body, const __grid_constant__ tensor_map rest)     \
     {                                                                                              \
         extern __shared__ __align__(1024) unsigned char dynamic_shared[];                          \
         fetch_parameters(args);                                                                    \
-        down_decode<type, rows / 8, cols>(args, body, rest, dynamic_shared).run();                 \
+        down_decode<type, rows / 8, cols, plain>(args, body, rest, dynamic_shared).run();          \
     }
+#define MOE_KERNEL_sm90a_decode_down(name, type, rows, cols, ...)                                  \
+    MOE_KERNEL_decode(false, name, type, rows, cols)
+#define MOE_KERNEL_sm90a_decode_bare_down(name, type, rows, cols, ...)                             \
+    MOE_KERNEL_decode(true, name, type, rows, cols)
 #include "gemm_instances.cuh"

@@ -10,7 +10,8 @@
 #include "decode.cuh"
 #include "gate_up.cuh"
 
-template <class T, int kTiles>
+// kPlain: gated silu without limit, bias and router weights; the code of all else is not there.
+template <class T, int kTiles, bool kPlain>
 struct gate_up_decode {
     static constexpr int kRows = 16; // weight rows of an item
     static constexpr int kTokens = 8 * kTiles;
@@ -30,7 +31,7 @@ struct gate_up_decode {
     decode_state &state;
     int32_t panel_pitch, chunks, row_tiles;
     divisor grid, tiles_per_expert; // for share
-    bool tail, plain;               // plain: silu(gate) * up and nothing else
+    bool tail;
 
     __device__ __forceinline__ gate_up_decode(const moe_gate_up_decode_args &args,
                                               const tensor_map &body, const tensor_map &rest,
@@ -46,12 +47,12 @@ struct gate_up_decode {
         panel_pitch = MOE_DECODE_PANEL_PITCH(stage.hidden_size);
         chunks = stage.hidden_size / kUnitK;
         tail = stage.hidden_size % kUnitK != 0;
-        plain = stage.gated && stage.activation == MOE_ACT_SILU && stage.activation_limit <= 0 &&
-                !stage.w13_bias && !stage.topk_weights;
-        int32_t outputs = stage.gated ? 8 : 16;
+        int32_t outputs = gated() ? 8 : 16;
         row_tiles = (stage.intermediate_size + outputs - 1) / outputs;
         tiles_per_expert = divisor(row_tiles);
     }
+
+    __device__ __forceinline__ bool gated() const { return kPlain || args.stage.gated; }
 
     struct items {
         int32_t rank, tile, count;
@@ -227,10 +228,10 @@ struct gate_up_decode {
         return end;
     }
 
-    // The same where `plain` for one token or two: a weight row a lane, 16 lanes a token, then an output each for half of them.
-    // Four times the lanes, and a quarter of the instructions behind the last sums.
-    __device__ __forceinline__ void write_plain(const ring_position &from, int32_t expert,
-                                                int32_t tile) const
+    // The same for gates and ups of one token or two: a weight row a lane, 16 lanes a token, then an output each for half of
+    // them. Four times the lanes, and a quarter of the instructions behind the last sums.
+    __device__ __forceinline__ void write_few(const ring_position &from, int32_t expert,
+                                              int32_t tile) const
     {
         const moe_gate_up_args &stage = args.stage;
         const int32_t topk = args.slots.topk, lane = threadIdx.x % 32, row = lane % 16;
@@ -244,20 +245,50 @@ struct gate_up_decode {
                                   slots * stage.intermediate_stride + out;
         const float *sum = &sums[from.stage].sum[0][token][row];
         int32_t others = slot < end ? first_slot(slot + 1, end, expert) : end; // seldom any
+        float bias[1] = {0.0f}, weight = 1.0f;
+        if (!kPlain && stage.w13_bias) {
+            const int64_t at[1] = {bias_at(expert, out, (row >= 8) != first_is_up)};
+            load_f32(bias, stage.w13_bias, at, stage.w13_bias_dtype);
+        }
+        if (!kPlain && stage.topk_weights) weight = weight_of(slots, stage);
         compute_now(reinterpret_cast<uint64_t>(to) + reinterpret_cast<uint64_t>(sum) + others);
         mbarrier_wait(shared_address(&state.summed[from.stage]), from.parity);
         float total = 0.0f;
 #pragma unroll
         for (int warp = 0; warp < kMathWarps; ++warp)
             total += sum[warp * kTokens * kPitch];
+        if constexpr (!kPlain) total += bias[0];
         const float other = __shfl_down_sync(0xffffffffu, total, 8);
         const float gate = first_is_up ? other : total, up = first_is_up ? total : other;
-        const typename T::element result = T::round(swish(gate, 1.0f) * up);
+        typename T::element result;
+        if constexpr (kPlain)
+            result = T::round(swish(gate, 1.0f) * up);
+        else
+            result = output(gate, up, weight);
         if (!writes || slot == end) return;
         *to = result;
 #pragma unroll 1
-        for (; others < end; others = first_slot(others + 1, end, expert))
+        for (; others < end; others = first_slot(others + 1, end, expert)) {
+            if (!kPlain && stage.topk_weights) result = output(gate, up, weight_of(others, stage));
             to[(others - slot) * stage.intermediate_stride] = result;
+        }
+    }
+
+    __device__ __forceinline__ typename T::element output(float gate, float up, float weight) const
+    {
+        const float g[1] = {gate * weight}, u[1] = {up * weight};
+        float y[1];
+        activate(y, g, u, args.stage);
+        return T::round(y[0]);
+    }
+
+    // Where the bias of gate or up of output `out` lies, -1 where there is none.
+    __device__ __forceinline__ int64_t bias_at(int32_t expert, int32_t out, bool up) const
+    {
+        const moe_gate_up_args &stage = args.stage;
+        if (out >= stage.intermediate_size) return -1;
+        return expert * stage.w13_bias_stride +
+               gate_up_rows<T>(expert, stage).row(stage.gated ? 2 * out + up : out);
     }
 
     // Four outputs of a token a thread, for each of its slots that goes to this expert. One warp, all others wait for it in
@@ -266,7 +297,7 @@ struct gate_up_decode {
                                           int32_t tile) const
     {
         const moe_gate_up_args &stage = args.stage;
-        const int32_t topk = args.slots.topk, shift = stage.gated ? 1 : 2; // 2, 4 threads a token
+        const int32_t topk = args.slots.topk, shift = gated() ? 1 : 2; // 2, 4 threads a token
         const int32_t num_items = static_cast<int32_t>(stage.num_tokens) << shift;
 #pragma unroll 1
         for (int32_t item = threadIdx.x % 32; item < num_items; item += 32) {
@@ -274,35 +305,48 @@ struct gate_up_decode {
             int32_t slot = token * topk, end = slot + topk;
             slot = first_slot(slot, end, expert);
             if (slot == end) continue;
-            const int32_t others = first_slot(slot + 1, end, expert); // of the token, seldom any
+            int32_t others = first_slot(slot + 1, end, expert); // of the token, seldom any
             int32_t out = ((tile << shift) + four) * 4; // intermediate_size is a multiple of 8
-            uint2 *to =
-                reinterpret_cast<uint2 *>(static_cast<typename T::element *>(stage.intermediate) +
-                                          slot * stage.intermediate_stride + out);
+            typename T::element *to = static_cast<typename T::element *>(stage.intermediate) + out;
+            float bias[8] = {}, weight = 1.0f;
+            if (!kPlain && stage.w13_bias) {
+                int64_t at[8];
+#pragma unroll
+                for (int i = 0; i < 8; ++i)
+                    at[i] = i < 4 || stage.gated ? bias_at(expert, out + i % 4, i >= 4) : -1;
+                load_f32(bias, stage.w13_bias, at, stage.w13_bias_dtype);
+            }
+            if (!kPlain && stage.topk_weights) weight = weight_of(slot, stage);
             mbarrier_wait(shared_address(&state.summed[from.stage]), from.parity);
             const sums_buffer &sum = sums[from.stage];
             float4 first = add_sums(sum, token, four * 4), second = make_float4(1, 1, 1, 1);
-            if (stage.gated) second = add_sums(sum, token, four * 4 + 8);
+            if (gated()) second = add_sums(sum, token, four * 4 + 8);
             if (out >= stage.intermediate_size) continue;
             if (stage.w13_order == MOE_ORDER_UP_GATE) {
                 float4 up = first;
                 first = second;
                 second = up;
             }
-            if (plain) { // the same as below, in a fraction of the instructions
-                *to = make_uint2(
-                    T::round2(swish(first.x, 1.0f) * second.x, swish(first.y, 1.0f) * second.y),
-                    T::round2(swish(first.z, 1.0f) * second.z, swish(first.w, 1.0f) * second.w));
-                slot = others; // which are made below
-            }
+            const float gates[4] = {first.x + bias[0], first.y + bias[1], first.z + bias[2],
+                                    first.w + bias[3]},
+                        ups[4] = {second.x + bias[4], second.y + bias[5], second.z + bias[6],
+                                  second.w + bias[7]};
 #pragma unroll 1
-            for (; slot < end; ++slot) {
-                if (state.expert[slot] != expert) continue;
-                float g[4] = {first.x, first.y, first.z, first.w};
-                float u[4] = {second.x, second.y, second.z, second.w};
-                float weight = stage.topk_weights ? weight_of(slot, stage) : 1.0f;
-                write_outputs<T, true>(g, u, slot, out, weight, expert,
-                                       gate_up_rows<T>(expert, stage), stage);
+            while (slot < end) {
+                float g[4], u[4], y[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    g[i] = gates[i] * weight;
+                    u[i] = gated() ? ups[i] * weight : 1.0f;
+                    if constexpr (kPlain) y[i] = swish(g[i], 1.0f) * u[i];
+                }
+                if constexpr (!kPlain) activate(y, g, u, stage);
+                *reinterpret_cast<uint2 *>(to + slot * stage.intermediate_stride) =
+                    make_uint2(T::round2(y[0], y[1]), T::round2(y[2], y[3]));
+                slot = others;
+                if (slot == end) break;
+                others = first_slot(slot + 1, end, expert);
+                if (!kPlain && stage.topk_weights) weight = weight_of(slot, stage);
             }
         }
     }
@@ -346,11 +390,11 @@ struct gate_up_decode {
     __device__ __forceinline__ void write_all(items at) const
     {
         ring_position from;
-        const bool few = kTiles == 1 && plain && args.stage.num_tokens <= 2;
+        const bool few = kTiles == 1 && gated() && args.stage.num_tokens <= 2;
 #pragma unroll 1
         for (; at.count > 0; next(at)) {
             if (few)
-                write_plain(from, state.active[at.rank], at.tile);
+                write_few(from, state.active[at.rank], at.tile);
             else
                 write(from, state.active[at.rank], at.tile);
             mbarrier_wait(shared_address(&state.summed[from.stage]), from.parity);
@@ -404,13 +448,17 @@ struct gate_up_decode {
     }
 };
 
-#define MOE_KERNEL_sm90a_decode_gate_up(name, type, rows, cols, k, stages, wm, wn, wk, align)      \
+#define MOE_KERNEL_decode(plain, name, type, rows)                                                 \
     extern "C" __global__ void __launch_bounds__(kThreads, rows > 8 ? 1 : 2)                       \
         name(const __grid_constant__ moe_gate_up_decode_args args,                                 \
              const __grid_constant__ tensor_map body, const __grid_constant__ tensor_map rest)     \
     {                                                                                              \
         extern __shared__ __align__(1024) unsigned char dynamic_shared[];                          \
         fetch_parameters(args);                                                                    \
-        gate_up_decode<type, rows / 8>(args, body, rest, dynamic_shared).run();                    \
+        gate_up_decode<type, rows / 8, plain>(args, body, rest, dynamic_shared).run();             \
     }
+#define MOE_KERNEL_sm90a_decode_gate_up(name, type, rows, ...)                                     \
+    MOE_KERNEL_decode(false, name, type, rows)
+#define MOE_KERNEL_sm90a_decode_bare_gate_up(name, type, rows, ...)                                \
+    MOE_KERNEL_decode(true, name, type, rows)
 #include "gemm_instances.cuh"

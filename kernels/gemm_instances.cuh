@@ -54,6 +54,12 @@
 #ifndef MOE_KERNEL_sm90a_decode_gate_up
 #define MOE_KERNEL_sm90a_decode_gate_up(...)
 #endif
+#ifndef MOE_KERNEL_sm90a_decode_bare_gate_up
+#define MOE_KERNEL_sm90a_decode_bare_gate_up(...)
+#endif
+#ifndef MOE_KERNEL_sm90a_decode_bare_down
+#define MOE_KERNEL_sm90a_decode_bare_down(...)
+#endif
 #ifndef MOE_KERNEL_sm90a_decode_down
 #define MOE_KERNEL_sm90a_decode_down(...)
 #endif

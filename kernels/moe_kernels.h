@@ -398,6 +398,7 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_PRODUCERS_sm90a_bare        4
 #define MOE_GEMM_PRODUCERS_sm90a_split       4
 #define MOE_GEMM_PRODUCERS_sm90a_decode      2 /* one copies, one writes (gate_up); both copy (down) */
+#define MOE_GEMM_PRODUCERS_sm90a_decode_bare MOE_GEMM_PRODUCERS_sm90a_decode
 #define MOE_GEMM_PRODUCERS_sm90a_high        4
 #define MOE_GEMM_PRODUCERS_sm90a_wide        4
 #define MOE_GEMM_PRODUCERS_sm90a_joined      4
@@ -452,6 +453,8 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_SMEM_sm90a_joined_bare(rows, cols, k, stages) MOE_JOINED_SMEM_BYTES
 #define MOE_GEMM_SMEM_sm90a_decode(rows, cols, k, stages)                                          \
     (227 * 1024) /* at most; the plan adds it up */
+#define MOE_GEMM_SMEM_sm90a_decode_bare(rows, cols, k, stages)                                     \
+    MOE_GEMM_SMEM_sm90a_decode(rows, cols, k, stages)
 #define MOE_GEMM_GRID(max_tiles, weight_rows, cols)                                                \
     ((int64_t)(max_tiles) * (((int64_t)(weight_rows) + (cols) - 1) / (cols)))
 
@@ -492,7 +495,9 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_WEIGHT_BOX_sm90a_wide(cols)        ((cols) / 2)
 #define MOE_GEMM_TOKEN_BOX_sm90a_wide(rows)         0
 #define MOE_GEMM_WEIGHT_BOX_sm90a_decode(cols)      (cols)
+#define MOE_GEMM_WEIGHT_BOX_sm90a_decode_bare(cols) MOE_GEMM_WEIGHT_BOX_sm90a_decode(cols)
 #define MOE_GEMM_TOKEN_BOX_sm90a_decode(rows)       0
+#define MOE_GEMM_TOKEN_BOX_sm90a_decode_bare(rows)  MOE_GEMM_TOKEN_BOX_sm90a_decode(rows)
 /* What L2 asks memory for where a copy of weights misses it. */
 #define MOE_GEMM_FETCH_sm80              128
 #define MOE_GEMM_FETCH_sm90a             128
@@ -505,6 +510,7 @@ typedef struct moe_fill_args {
 #define MOE_GEMM_FETCH_sm90a_high        256
 #define MOE_GEMM_FETCH_sm90a_wide        256
 #define MOE_GEMM_FETCH_sm90a_decode      128
+#define MOE_GEMM_FETCH_sm90a_decode_bare MOE_GEMM_FETCH_sm90a_decode
 
 /* align sorts num_slots slots of a block by a matrix of bits in shared memory: a row for each expert, in steps of 4 words
  * of which there is an odd number, so that neighbouring rows start in different banks; a count for each step, in pairs;

@@ -71,7 +71,7 @@ def test_these_layers_are_decoded():
     for tokens, *sizes in SIZES[1:]:
         p = fusedmoe.plan(tokens, *sizes, device="cuda", num_sms=132)
         for stage in ("gate_up", "down"):
-            assert p[stage]["name"].endswith("_sm90a_decode"), (tokens, sizes)
+            assert p[stage]["name"].endswith("_sm90a_decode_bare"), (tokens, sizes)
 
 
 def test_up_to_16_tokens_are_decoded():
@@ -79,7 +79,7 @@ def test_up_to_16_tokens_are_decoded():
     are no whole number of pieces (gptoss)."""
     for name in BF16_MODELS:
         p = fusedmoe.plan(16, *MODELS[name], device="cuda", num_sms=132)
-        decoded = p["down"]["name"].endswith("_sm90a_decode")
+        decoded = p["down"]["name"].endswith("_sm90a_decode_bare")
         assert decoded == (name not in ("qwen3_30b", "gptoss_120b_tp4")), name
 
 

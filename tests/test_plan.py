@@ -40,9 +40,11 @@ def variants():
 
 def threads(v):
     """Of a thread block: warps that multiply, and on Hopper those that only copy or write."""
-    others = {"sm80": 0, "sm90a": 4, "sm90a_decode": 2, "sm90a_swap": 4, "sm90a_high": 4}
+    others = {"sm80": 0, "sm90a": 4, "sm90a_decode": 2, "sm90a_decode_bare": 2}
     others |= dict.fromkeys(
         (
+            "sm90a_swap",
+            "sm90a_high",
             "sm90a_split",
             "sm90a_plain",
             "sm90a_wide",

@@ -64,7 +64,9 @@ enum {
 #define PARAMS_sm90a_split_gate_up       moe_gate_up_args
 #define PARAMS_sm90a_split_down          moe_down_args
 #define PARAMS_sm90a_decode_gate_up      moe_gate_up_decode_args
+#define PARAMS_sm90a_decode_bare_gate_up PARAMS_sm90a_decode_gate_up
 #define PARAMS_sm90a_decode_down         moe_down_decode_args
+#define PARAMS_sm90a_decode_bare_down    PARAMS_sm90a_decode_down
 #define ARCH_sm80                        80
 #define ARCH_sm90a                       90
 #define ARCH_sm90a_bare                  90
@@ -76,6 +78,7 @@ enum {
 #define ARCH_sm90a_joined_bare           90
 #define ARCH_sm90a_split                 90
 #define ARCH_sm90a_decode                90
+#define ARCH_sm90a_decode_bare           ARCH_sm90a_decode
 #define MAPS_sm80_gate_up                0 /* tensor maps: of the weights, then of the token rows */
 #define MAPS_sm80_down                   0
 #define MAPS_sm90a_gate_up               1
@@ -94,7 +97,9 @@ enum {
 #define MAPS_sm90a_split_gate_up         1
 #define MAPS_sm90a_split_down            2
 #define MAPS_sm90a_decode_gate_up        2 /* of the weights: a stage, and what is left of K */
+#define MAPS_sm90a_decode_bare_gate_up   MAPS_sm90a_decode_gate_up
 #define MAPS_sm90a_decode_down           2
+#define MAPS_sm90a_decode_bare_down      MAPS_sm90a_decode_down
 #define FILE_sm80(stage)                 stage /* the .cu file that instantiates the row */
 #define FILE_sm90a(stage)                stage "_sm90a"
 #define FILE_sm90a_bare(stage)           stage "_sm90a"
@@ -106,6 +111,7 @@ enum {
 #define FILE_sm90a_joined_bare(stage)    stage "_joined_sm90a"
 #define FILE_sm90a_split(stage)          stage "_split_sm90a"
 #define FILE_sm90a_decode(stage)         stage "_decode_sm90a"
+#define FILE_sm90a_decode_bare(stage)    stage "_decode_sm90a"
 
 static const moe_kernel_row KERNELS[] = {
     [KERNEL_ALIGN_FEW] = {"moe_align_few", "align", 0, 80, sizeof(moe_align_args)},
