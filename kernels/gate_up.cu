@@ -22,10 +22,11 @@ write_intermediate(const typename Gemm::shared &smem, const typename Gemm::work 
                    const weight_rows &rows, const moe_gate_up_args &args)
 {
     int32_t gated = args.gated;
-    int32_t row_groups = Gemm::kCols / (gated ? 8 : 4); // a power of two
+    const bool plain = Gemm::kVector && is_plain(args);
+    int32_t row_groups = Gemm::kCols / (gated ? 8 : 4), shift = __ffs(row_groups) - 1;
     int32_t out_begin = gated ? work.col_begin / 2 : work.col_begin;
     for (int32_t item = threadIdx.x; item < work.num_rows * row_groups; item += Gemm::kThreads) {
-        int32_t row = item / row_groups, group = item & (row_groups - 1);
+        int32_t row = item >> shift, group = item & (row_groups - 1);
         int32_t out = out_begin + group * 4;
         if (out >= args.intermediate_size) continue;
         float g[4], u[4];
@@ -38,6 +39,14 @@ write_intermediate(const typename Gemm::shared &smem, const typename Gemm::work 
             float4 x = Gemm::read_sums(smem, row, group * 4);
             g[0] = x.x, g[1] = x.y, g[2] = x.z, g[3] = x.w;
             u[0] = u[1] = u[2] = u[3] = 1.0f;
+        }
+        if (plain && out + 4 <= args.intermediate_size) {
+            *reinterpret_cast<uint2 *>(static_cast<typename Gemm::element *>(args.intermediate) +
+                                       (int64_t{work.row_begin} + row) * args.intermediate_stride +
+                                       out) =
+                make_uint2(plain_pair<typename Gemm::T>(g[0], g[1], u[0], u[1]),
+                           plain_pair<typename Gemm::T>(g[2], g[3], u[2], u[3]));
+            continue;
         }
         write_outputs<typename Gemm::T, Gemm::kVector>(
             g, u, int64_t{work.row_begin} + row, out,

@@ -18,8 +18,19 @@ struct gate_up_part : gate_up_operands<T> {
                                                int32_t half, float (&low)[4], float (&high)[4],
                                                const float (&weight)[2]) const
     {
-        const weight_rows rows = gate_up_rows<T>(work.expert, args);
         const bool gated = args.gated;
+        if (is_plain(args)) {
+            const int32_t col = work.col_begin / 2 + threadIdx.x % 4 * 2 + unit_col;
+            auto *to = static_cast<typename T::element *>(args.intermediate) +
+                       (int64_t{work.row_begin} + row) * args.intermediate_stride + col;
+#pragma unroll
+            for (int i = 0; i < 2; ++i, to += 8 * args.intermediate_stride)
+                if (row + i * 8 < work.num_rows && col < args.intermediate_size)
+                    *reinterpret_cast<uint32_t *>(to) =
+                        plain_pair<T>(low[2 * i], low[2 * i + 1], high[2 * i], high[2 * i + 1]);
+            return;
+        }
+        const weight_rows rows = gate_up_rows<T>(work.expert, args);
         const int32_t lane_col = threadIdx.x % 4 * 2 + unit_col;
         for (int part = 0; part < (gated ? 1 : 2); ++part) {
             const int32_t col =
