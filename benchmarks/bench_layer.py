@@ -7,6 +7,9 @@
                                                         experts -> results/<gpu>_skew.json
     python benchmarks/bench_layer.py --case fast        deterministic=False, from 1024 tokens
                                                         -> results/<gpu>_fast.json
+    python benchmarks/bench_layer.py --case options     gptoss as gpt-oss has it: biases and
+                                                        swiglu_oai; the others with gelu_tanh
+                                                        -> results/<gpu>_options.json
     python benchmarks/bench_layer.py --quick            one model, four batch sizes
 
 Protocol and records: fusedmoe/bench.py. `--chip-stream-us` puts into the file what this very chip
@@ -30,6 +33,7 @@ CASES = {
     "portable": ("portable", ("portable",)),
     "skew": ("skew", bench.SKEWED),
     "fast": ("fast", (bench.FAST,)),
+    "options": ("options", (bench.OPTIONS,)),
 }
 
 

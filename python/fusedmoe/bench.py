@@ -67,7 +67,7 @@ class Layer:
             self.weights.append([backend.put(array) for array in host])
         shape = (max_tokens, self.sizes.hidden_size)
         self.x = generate.normal(shape, full, 1.0, (seed, 2))
-        self.wanted = {}
+        self.wanted, self.biases = {}, None
 
     def expect(self, num_tokens, case="uniform"):
         """Starts on the oracle's result for the first call of a point, where there is a pool."""
@@ -78,10 +78,34 @@ class Layer:
         """(tokens, want, error, RMS error of unfused kernels) of the first call of a point."""
         tokens = sampled(num_tokens)
         arguments = self.x[:num_tokens], *self.host, *self.routing(num_tokens, case, 0)
+        options = self.options(case, lambda array: array)
         want, error = reference.fused_experts_error(
-            *arguments, tokens=tokens, deterministic=case != FAST
+            *arguments, tokens=tokens, deterministic=case != FAST, **options
         )
-        return tokens, want, error, reference.unfused_rms(*arguments, tokens=tokens)
+        unfused_rms = None if options else reference.unfused_rms(*arguments, tokens=tokens)
+        return tokens, want, error, unfused_rms
+
+    def options(self, case, put):
+        """What the calls of a case have beside plain gated silu; put: what makes tensors."""
+        if case != OPTIONS:
+            return {}
+        if "gptoss" not in self.name:
+            return {"activation": "gelu_tanh"}
+        if self.biases is None:
+            hidden_size, intermediate_size, num_experts, _ = self.sizes
+            self.biases = [
+                generate.normal((num_experts, size), DTYPES[self.dtype], 0.5, (self.seed, 3, size))
+                for size in (2 * intermediate_size, hidden_size)
+            ]
+        names = ("w13_bias", "w2_bias")
+        biases = {name: put(array) for name, array in zip(names, self.biases, strict=True)}
+        return {
+            "activation": "swiglu_oai",
+            "activation_alpha": 1.702,
+            "activation_limit": 7.0,
+            "w13_order": "interleaved",
+            **biases,
+        }
 
     def routing(self, num_tokens, case, i):
         """(topk_weights, topk_ids) of call i of a point."""
@@ -120,13 +144,13 @@ class Layer:
             itemsize = generate.dtype_of(dtype).itemsize
             predicted = model_us(self.sizes, num_tokens, distinct, *rates(backend), itemsize)
             record.update(distinct=distinct, predicted_us=round(predicted, 2))
-        return {
-            **record,
-            "rel_rms": float(f"{report.rel_rms:.3g}"),
-            "unfused_rms": float(f"{unfused_rms:.3g}"),
-            "plan": plan_text(plan),
-            "launches": plan["num_launches"],
-        }
+        text = plan_text(plan)
+        if case == OPTIONS:  # the rows that a plain layer, which ops.plan speaks of, has others for
+            text = re.sub("_(plain|high|wide)", "_swap", text.replace("_bare", ""))
+        record["rel_rms"] = float(f"{report.rel_rms:.3g}")
+        if unfused_rms is not None:
+            record["unfused_rms"] = float(f"{unfused_rms:.3g}")
+        return {**record, "plan": text, "launches": plan["num_launches"]}
 
     def _calls(self, num_tokens, case):
         """(calls with routings of their own, the weight sets in turn, all into one output; that
@@ -136,6 +160,7 @@ class Layer:
         hidden_states, out = backend.put(x), backend.empty(x.shape, dtype)
         scratch = ops.workspace_size(num_tokens, *self.sizes, dtype=dtype, device=backend.name)
         workspace = backend.empty((scratch,), "uint8")
+        options = self.options(case, backend.put)
         routings = [
             self.routing(num_tokens, case, i) for i in range(4 if num_tokens >= LARGE else 16)
         ]
@@ -150,6 +175,7 @@ class Layer:
                 workspace=workspace,
                 stream=backend.stream,
                 deterministic=case != FAST,
+                **options,
             )
 
         calls = []
@@ -182,6 +208,7 @@ def sampled(num_tokens, count=CHECKED_TOKENS):
 
 SKEWED = ("zipf1", "same_experts")
 FAST = "fast"
+OPTIONS = "options"  # as models have it: activations of their own, biases
 
 
 def routing(num_tokens, sizes, seed, case="uniform"):
