@@ -30,6 +30,11 @@ static __device__ __forceinline__ float gelu_tanh(float x)
         x, 1.0f + exp2_approx(-2.0f * 0.79788456080286536f * 1.4426950408889634f * inner));
 }
 
+static __device__ __forceinline__ float gelu(float x)
+{
+    return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+}
+
 static __device__ __forceinline__ float relu2(float x)
 {
     const float positive = x < 0.0f ? 0.0f : x;
@@ -68,7 +73,7 @@ static __device__ __forceinline__ void activate(float (&y)[N], const float (&g)[
     case MOE_ACT_GELU:
 #pragma unroll
         for (int i = 0; i < N; ++i)
-            y[i] = 0.5f * g[i] * (1.0f + erff(g[i] * 0.70710678118654752f)) * u[i];
+            y[i] = gelu(g[i]) * u[i];
         break;
     case MOE_ACT_GELU_TANH:
 #pragma unroll

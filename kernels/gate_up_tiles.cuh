@@ -142,6 +142,12 @@ struct gate_up_problem : gate_up_operands<T> {
                 part<Gemm>(i);
                 sums[i] = gelu_tanh(sums[i]) * sums[i + kHalf];
             }
+        } else if (args.gated && kind == MOE_ACT_GELU) {
+#pragma unroll
+            for (int i = 0; i < kHalf; ++i) {
+                part<Gemm>(i);
+                sums[i] = gelu(sums[i]) * sums[i + kHalf];
+            }
         } else if (kind == MOE_ACT_RELU2) {
 #pragma unroll
             for (int i = 0; i < Gemm::kSums; ++i) {
