@@ -37,6 +37,11 @@ def portable():
     return latency(*load("h200_portable.json", lambda r: r["case"] == "portable"))
 
 
+def options():
+    """Latency with what the models' own layers have beside silu."""
+    return latency(*load("h200_options.json", lambda r: r["case"] == "options"))
+
+
 def latency(document, records):
     models = list(dict.fromkeys(record["model"] for record in records))
     us = {(record["model"], record["num_tokens"]): record["us"] for record in records}
@@ -231,6 +236,7 @@ def routing_test(method):
 TABLES = {
     "layer": layer,
     "plan_features": plan_features,
+    "options": options,
     "portable": portable,
     "cpu": cpu,
     "host": host,
