@@ -136,12 +136,12 @@ static __device__ __forceinline__ weight_rows gate_up_rows(int32_t expert,
     return rows;
 }
 
-// Outputs out, out + 1, out + step, out + step + 1 of a row, in f32: bias, weight, activation. g, u: the sums (u: 1 where
-// not gated). Those past intermediate_size are anything.
+// Outputs out .. out + N - 1 of a row, in f32: bias, weight, activation. g, u: the sums (u: 1 where not gated).
+// Those past intermediate_size are anything.
 template <int N>
 static __device__ __forceinline__ void
-make_outputs(float (&y)[N], float (&g)[N], float (&u)[N], int32_t out, int32_t step, float weight,
-             int32_t expert, const weight_rows &rows, const moe_gate_up_args &args)
+make_outputs(float (&y)[N], float (&g)[N], float (&u)[N], int32_t out, float weight, int32_t expert,
+             const weight_rows &rows, const moe_gate_up_args &args)
 {
     int32_t gated = args.gated;
     if (args.w13_bias) {
@@ -150,7 +150,7 @@ make_outputs(float (&y)[N], float (&g)[N], float (&u)[N], int32_t out, int32_t s
         float bias[2 * N];
 #pragma unroll
         for (int i = 0; i < N; ++i) {
-            const int32_t at = out + i / 2 * step + i % 2, col = gated ? 2 * at : at;
+            const int32_t at = out + i, col = gated ? 2 * at : at;
             const bool there = at < args.intermediate_size;
             bias_at[i] = there ? base + rows.row(col) : -1;
             bias_at[i + N] = there && gated ? base + rows.row(col + 1) : -1;
@@ -181,7 +181,7 @@ write_outputs(float (&g)[4], float (&u)[4], int64_t row, int32_t out, float weig
     int32_t count = min(4, args.intermediate_size - out);
     if (count <= 0) return;
     float y[4];
-    make_outputs(y, g, u, out, 2, weight, expert, rows, args);
+    make_outputs(y, g, u, out, weight, expert, rows, args);
     element *to = static_cast<element *>(args.intermediate) + row * args.intermediate_stride + out;
     if (kVector && count == 4) {
         *reinterpret_cast<uint2 *>(to) = make_uint2(T::round2(y[0], y[1]), T::round2(y[2], y[3]));

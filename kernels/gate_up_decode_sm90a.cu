@@ -313,7 +313,7 @@ struct gate_up_decode {
                 int64_t at[8];
 #pragma unroll
                 for (int i = 0; i < 8; ++i)
-                    at[i] = i < 4 || stage.gated ? bias_at(expert, out + i % 4, i >= 4) : -1;
+                    at[i] = i < 4 || gated() ? bias_at(expert, out + i % 4, i >= 4) : -1;
                 load_f32(bias, stage.w13_bias, at, stage.w13_bias_dtype);
             }
             if (!kPlain && stage.topk_weights) weight = weight_of(slot, stage);

@@ -42,7 +42,7 @@ struct gate_up_part : gate_up_operands<T> {
                 float g[2] = {part ? high[2 * i] : low[2 * i],
                               part ? high[2 * i + 1] : low[2 * i + 1]},
                       u[2] = {gated ? high[2 * i] : 1.0f, gated ? high[2 * i + 1] : 1.0f}, y[2];
-                make_outputs(y, g, u, col, 0, weight[i], work.expert, rows, args);
+                make_outputs(y, g, u, col, weight[i], work.expert, rows, args);
                 auto *to = static_cast<typename T::element *>(args.intermediate) +
                            (int64_t{work.row_begin} + row + i * 8) * args.intermediate_stride + col;
                 *reinterpret_cast<uint32_t *>(to) = T::round2(y[0], y[1]);

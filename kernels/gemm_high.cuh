@@ -182,7 +182,6 @@ struct high_stage {
         int32_t num_rows = Gemm::get_work(smem, 0).num_rows;
         for (uint32_t n = 0; num_rows >= 0; ++n) {
             float sums[Gemm::kSums];
-            Gemm::template begin_sums<Problem>(sums);
             rows.weight[0] = rows.weight[1] = 1.0f;
             Gemm::multiply(
                 sums, smem, at, num_rows, num_steps, turn,

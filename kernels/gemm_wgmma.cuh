@@ -43,14 +43,13 @@ struct gemm_wgmma {
     static constexpr int kOutCols =
         kOutInRing ? kTileK : MOE_GEMM_OUT_COLS_sm90a(kRows, kCols, kTileK, kStages);
     static constexpr bool kOutOwn = kGather && !kOutInRing;
-    // Biases of a tile's columns in shared memory, for each warp, asked for behind its last step: down has room of its own for
-    // them, or none; gate_up puts them where the results will lie.
-    static constexpr bool kColBias =
-                              !kGather && kGroups * kCols > 384 && !(kGroups == 3 && kCols > 192),
-                          kBiasAhead = kOutOwn || kColBias;
     static constexpr int kOutPitch = kOutCols * 2 + 16; // bytes; eight rows lie in different banks
     // The sums leave few registers, for the math and for the copies: what can lies in shared memory.
     static constexpr bool kFewRegisters = kGroups == 3 && kCols > 192;
+    // Biases of a tile's columns in shared memory, for each warp, asked for behind its last step: down has room of its own for
+    // them, or none; gate_up puts them where the results will lie.
+    static constexpr bool kColBias = !kGather && !kFewRegisters && kGroups * kCols > 384,
+                          kBiasAhead = kOutOwn || kColBias;
     // All of what the launch gives goes to whoever needs it; no more, or a warp would wait for it for ever.
     static constexpr int kMathRegisters = kGroups == 2 ? 216 : kFewRegisters ? 160 : 152;
     static constexpr int kCopyRegisters = kGroups == 2 ? 72 : kFewRegisters ? 32 : 56;
